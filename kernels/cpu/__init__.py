@@ -1,0 +1,142 @@
+"""The CPU backend: numba kernels, one file per operation, bit-equal to the reference.
+
+``quantize`` and ``amax`` have the signatures of ``streamq.kernels.reference`` and write
+into buffers the caller may hand in, so that a worker allocates nothing per slab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from streamq.errors import NonFiniteError
+from streamq.kernels.reference import E4M3, refuse_non_finite
+from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
+
+from . import amax as _amax
+from . import fp8, integer, mx, nvfp4
+from .bits import INF_BITS, ROUND_BF16, ROUND_F16, ROUND_F32
+
+Array = np.ndarray[Any, Any]
+
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_ROUND = {_BF16: ROUND_BF16, np.dtype(np.float16): ROUND_F16, np.dtype(np.float32): ROUND_F32}
+_EPS = {dtype: np.float32(ml_dtypes.finfo(dtype).eps) for dtype in _ROUND}
+_SCALE = {"f32": np.dtype(np.float32), "e4m3": E4M3, "e8m0": np.dtype(np.uint8)}
+
+NAME = "cpu (numba)"
+
+
+def supports(scheme: Scheme) -> bool:
+    """True for every scheme whose blocks the kernels can walk."""
+    if scheme.element == "int":
+        return scheme.block[0] == 1 and not scheme.two_level
+    if scheme.scale == "e8m0":
+        return scheme.block == (1, 32)
+    return scheme.element == "e4m3" or scheme.block == (1, 16)
+
+
+def amax(x: Array) -> Array:
+    """Largest magnitude of each row of ``x [rows, cols]``, f32 ``[rows]``."""
+    out = np.empty(len(x), np.uint32)
+    _amax.row_amax(_as_bits(x), out)
+    if len(out) and out.max() >= INF_BITS:
+        refuse_non_finite("weight", x)
+    return out.view(np.float32)
+
+
+def quantize(
+    x: Array,
+    scheme: Scheme,
+    packing: Packing = BYTES,
+    *,
+    numerics: Numerics = "f32",
+    outer: Array | None = None,
+    out: Quantized | None = None,
+) -> Quantized:
+    """Quantize ``x [rows, cols]``; see ``streamq.kernels.reference.quantize``.
+
+    ``out``: where to write, arrays of the right shape and dtype; made where None.
+    """
+    if out is None:
+        like = shapes(x.shape[0], x.shape[1], x.dtype, scheme, packing)
+        out = Quantized(*(np.empty(shape, dtype) for shape, dtype in like))
+    bits = _as_bits(x)
+    codes = out.codes.view(np.uint8)
+    weight = _ROUND[x.dtype]
+    quotient = weight if numerics == "weight" else ROUND_F32
+    if scheme.whole_tensor:
+        assert outer is not None
+        top = fp8.fp8_rows(bits, outer, quotient, codes)
+    elif scheme.two_level:
+        assert outer is not None
+        scale = out.scale.view(np.uint8)
+        top = nvfp4.nvfp4(bits, outer, quotient, packing.kind == "nibbles", codes, scale)
+    elif scheme.scale == "e8m0":
+        rounding = weight if numerics == "weight" else mx.PLAIN
+        nibbles = packing.kind == "nibbles"
+        top = mx.mx(bits, scheme.bits, rounding, nibbles, codes, out.scale)
+    else:
+        top = _with_float_scale(bits, scheme, packing, x.dtype, numerics, out)
+    if top >= INF_BITS:
+        refuse_non_finite("weight", x)
+    return Quantized(out.codes, out.scale, out.zero_point, outer if scheme.two_level else None)
+
+
+def _with_float_scale(
+    bits: Array, scheme: Scheme, packing: Packing, dtype: Any, numerics: Numerics, out: Quantized
+) -> Any:
+    """FP8 and integers: the kernels give scales as f32, here they get their storage dtype."""
+    codes = out.codes.view(np.uint8)
+    narrow = out.scale.dtype != np.float32
+    scale = np.empty(out.scale.shape, np.float32) if narrow else out.scale
+    stored = _ROUND[out.scale.dtype]
+    quotient = _ROUND[dtype] if numerics == "weight" else ROUND_F32
+    br, bc = scheme.block_of(*bits.shape)
+    eps = _EPS[out.scale.dtype]
+    packed_bits = packing.bits if packing.kind == "words" else 0
+    lo, hi = scheme.code_range
+    if scheme.element == "e4m3":
+        substitute = eps if numerics == "weight" else np.float32(1)
+        top = fp8.fp8_blocks(bits, br, bc, stored, quotient, substitute, codes, scale)
+    elif scheme.symmetric:
+        levels = np.float32(hi if scheme.narrow else hi + 0.5)
+        top = integer.int_symmetric(
+            bits, bc, levels, lo, hi, stored, quotient, eps, packed_bits, codes, scale
+        )
+    else:
+        top = integer.int_asymmetric(
+            bits, bc, lo, hi, stored, quotient, eps, hi if numerics == "weight" else 0,
+            packed_bits, codes, scale, out.zero_point,
+        )  # fmt: skip
+    if narrow:
+        out.scale[...] = scale
+    if top < INF_BITS and not np.isfinite(scale).all():
+        row, col = np.argwhere(~np.isfinite(scale))[0]
+        raise NonFiniteError("scale", int(row), int(col))
+    return top
+
+
+Buffer = tuple[tuple[int, int], np.dtype[Any]]
+
+
+def shapes(
+    rows: int, cols: int, dtype: np.dtype[Any], scheme: Scheme, packing: Packing
+) -> list[Buffer]:
+    """Shape and dtype of codes, scale and, where there is one, zero point of a weight."""
+    codes = np.dtype(np.uint8)
+    if packing.kind == "bytes" and scheme.element != "e2m1":
+        codes = np.dtype(np.int8) if scheme.element == "int" else E4M3
+    scale = _SCALE.get(scheme.scale, dtype)
+    blocks = scheme.scale_shape(rows, cols)
+    buffers = [((rows, packing.row_bytes(cols)), codes), (blocks, scale)]
+    return buffers if scheme.symmetric else [*buffers, (blocks, np.dtype(np.int8))]
+
+
+def _as_bits(x: Array) -> Array:
+    """bf16 as uint16, everything else as the uint32 of its f32 value."""
+    if x.dtype == _BF16:
+        return x.view(np.uint16)
+    return np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)

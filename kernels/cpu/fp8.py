@@ -1,0 +1,74 @@
+"""FP8 e4m3: a scale per row, per block of rows and columns, or given from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+from numba.extending import register_jitable
+
+from .bits import (
+    JIT, ROUND_F32, amax_bits, e4m3_code, f32, round_to, u8, u32, u64, value, widen,
+)  # fmt: skip
+
+
+@register_jitable
+def _codes(part, d, rounding, out):  # type: ignore[no-untyped-def]
+    if rounding > ROUND_F32:
+        for i in range(u64(part.size)):
+            out[i] = u8(e4m3_code(round_to(f32(value(part, i) / d), rounding)))
+    else:
+        for i in range(u64(part.size)):
+            out[i] = u8(e4m3_code(f32(value(part, i) / d)))
+
+
+@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+def fp8_blocks(
+    x: Any, br: int, bc: int, stored: int, quotient: int, substitute: Any, codes: Any, scale: Any
+) -> Any:
+    """Quantize ``x [rows, cols]`` in blocks of ``br`` rows and ``bc`` columns, the last ragged.
+
+    ``stored``: what the scale is rounded to; ``quotient``: what x / scale is rounded to
+    before the code; ``substitute``: the scale of a zero block. ``codes`` uint8 ``[rows,
+    cols]``, ``scale`` f32 ``[row blocks, col blocks]``.
+    Returns the bits of the largest magnitude.
+    """
+    rows, cols = u64(x.shape[0]), u64(x.shape[1])
+    height, width = u64(br), u64(bc)
+    blocks = (cols + width - u64(1)) // width
+    top = np.empty(blocks, np.uint32)
+    largest = u32(0)
+    for i in range((rows + height - u64(1)) // height):
+        first, last = i * height, min(rows, (i + u64(1)) * height)
+        top[:] = u32(0)
+        for r in range(first, last):
+            row = x[r]
+            for b in range(blocks):
+                stop = min(cols, (b + u64(1)) * width)
+                top[b] = max(top[b], widen(amax_bits(row, b * width, stop)))
+        row_scale = scale[i]
+        for b in range(blocks):
+            largest = max(largest, top[b])
+            s = round_to(f32(u32(top[b]).view(f32) / f32(448)), stored)
+            row_scale[b] = substitute if s == f32(0) else s
+        for r in range(first, last):
+            row, out = x[r], codes[r]
+            for b in range(blocks):
+                stop = min(cols, (b + u64(1)) * width)
+                _codes(row[b * width : stop], row_scale[b], quotient, out[b * width : stop])
+    return largest
+
+
+@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+def fp8_rows(x: Any, scale: Any, quotient: int, codes: Any) -> Any:
+    """Codes of ``x [rows, cols]`` under the given ``scale`` f32 ``[rows]``.
+
+    Returns the bits of the largest magnitude.
+    """
+    largest = u32(0)
+    for r in range(u64(x.shape[0])):
+        row = x[r]
+        largest = max(largest, widen(amax_bits(row, u64(0), u64(row.size))))
+        _codes(row, scale[r], quotient, codes[r])
+    return largest

@@ -1,0 +1,1 @@
+"""Quantize checkpoints of any size without building the model."""

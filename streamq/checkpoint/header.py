@@ -1,0 +1,157 @@
+"""The header of a safetensors file, read without trusting it.
+
+The checks are those of the safetensors crate (``Metadata::validate``), so that nothing
+is accepted here that the package refuses. Beyond it, duplicate names and unknown keys
+are refused: the package keeps the last of two tensors of one name without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from streamq.errors import CheckpointError
+from streamq.tensors import DTYPES, TensorInfo
+
+#: Longest header the format allows, in bytes (safetensors MAX_HEADER_SIZE).
+MAX_HEADER = 100_000_000
+_U64 = (1 << 64) - 1
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+class Header:
+    """The tensors of one file, in the order of their data, and its ``__metadata__``."""
+
+    def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+        self.tensors = tensors
+        self.metadata = metadata
+
+
+def read_header(path: str, file: str) -> Header:
+    """Read and validate the header of ``path``; ``file`` is its name in messages.
+
+    Raises CheckpointError, and nothing else, for anything that is not a valid file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be opened: {e.strerror}.") from e
+    try:
+        size = os.fstat(fd).st_size
+        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        if size < 8:
+            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file.")
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"{file}: its header claims {length} bytes, the format allows {MAX_HEADER}; "
+                "this is not a safetensors file, or a damaged one."
+            )
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{file}: its header needs {8 + length} bytes, the file has {size}; "
+                "it is truncated, download it again."
+            )
+        return parse_header(os.pread(fd, length, 8), file, size)
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
+    finally:
+        os.close(fd)
+
+
+def parse_header(raw: bytes, file: str, size: int) -> Header:
+    """Validate the JSON bytes of a header against a file of ``size`` bytes."""
+    entries = _parse_json(raw, file)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) and _is_text(k) and _is_text(v) for k, v in metadata.items()
+    ):
+        raise CheckpointError(f"{file}: __metadata__ must map strings to strings.")
+    base = 8 + len(raw)
+    tensors = [_tensor(name, entry, file, base) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.start, t.end))
+    end = base
+    for t in tensors:
+        if t.start != end:
+            what = "overlaps the tensor before it" if t.start < end else "leaves a gap before it"
+            raise CheckpointError(f"{file}: tensor {t.name!r} {what} (data offsets).")
+        end = t.end
+    if end != size:
+        fault = "it is truncated, download it again" if end > size else "bytes at its end belong to no tensor"
+        raise CheckpointError(
+            f"{file}: its tensors end at byte {end}, the file has {size} bytes; {fault}."
+        )
+    return Header(tensors, metadata)
+
+
+def _tensor(name: str, entry: Any, file: str, base: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} must have exactly dtype, shape and data_offsets."
+        )
+    if not _is_text(name):
+        raise CheckpointError(f"{file}: the name {name!r} is not valid Unicode.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}.")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{file}: tensor {name!r} has the invalid shape {shape!r}.")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{file}: tensor {name!r} has invalid data_offsets {offsets!r}.")
+    bits = 1
+    for n in (*shape, DTYPES[dtype].bits):
+        bits *= n
+        if bits > _U64:  # the crate multiplies in this order with overflow checks
+            raise CheckpointError(f"{file}: the shape {shape} of tensor {name!r} overflows.")
+    start, end = offsets
+    if bits % 8 or end - start != bits // 8:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} needs "
+            f"{bits / 8:g} bytes, its data_offsets give {end - start}."
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, base + start)
+
+
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    if raw[:1] != b"{":
+        raise CheckpointError(f"{file}: its header is not a JSON object.")
+    try:
+        entries: dict[str, Any] = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_unsigned,
+            parse_constant=_no_constant,
+        )
+    except CheckpointError as e:
+        raise CheckpointError(f"{file}: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: its header is not valid JSON ({e}).") from None
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise CheckpointError(f"its header has {twice!r} twice.")
+    return made
+
+
+def _unsigned(text: str) -> int:
+    if text[0] == "-":  # Python reads -0 as the integer 0, serde refuses it
+        raise CheckpointError(f"its header has the negative number {text[:20]}.")
+    return int(text)
+
+
+def _no_constant(text: str) -> Any:
+    raise CheckpointError(f"its header has {text}, which is not JSON.")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n <= _U64 for n in value)
+
+
+def _is_text(value: str) -> bool:
+    """False for a lone surrogate, which JSON escapes can spell and UTF-8 cannot."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)

@@ -1,0 +1,212 @@
+"""A checkpoint in a local directory: its shards, its index, its other files."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from streamq.errors import CheckpointError
+from streamq.tensors import TensorInfo
+
+from .header import Header, read_header
+
+CONFIG = "config.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+# Weights in other containers: converting the safetensors makes a copy of them stale.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
+    ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".npz",
+)  # fmt: skip
+
+
+class Checkpoint:
+    """An opened source: headers only, no data.
+
+    ``tensors``: by name, in file order. ``files``: shard file names in order.
+    ``config``: config.json, {} where there is none. ``others``: paths, relative to
+    ``root``, of the files that are not weights. ``oddities``: sentences for people.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        headers: dict[str, Header],
+        config: dict[str, Any],
+        others: list[str],
+        oddities: list[str],
+    ) -> None:
+        self.root = root
+        self.files = list(headers)
+        self.config = config
+        self.others = others
+        self.oddities = oddities
+        self.tensors: dict[str, TensorInfo] = {}
+        for header in headers.values():
+            for t in header.tensors:
+                first = self.tensors.setdefault(t.name, t)
+                if first is not t:
+                    raise CheckpointError(
+                        f"tensor {t.name!r} is in {first.file} and in {t.file}; "
+                        "a checkpoint holds each tensor once."
+                    )
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def fd(self, file: str) -> int:
+        """A read-only descriptor of a shard, opened at first use and shared by threads."""
+        fd = self._fds.get(file)
+        if fd is None:
+            with self._lock:
+                fd = self._fds.get(file)
+                if fd is None:
+                    fd = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fds[file] = fd
+        return fd
+
+    def pread(self, file: str, start: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes at ``start`` of a shard.
+
+        Raises CheckpointError where the file ends early or cannot be read.
+        """
+        done = 0
+        while done < len(into):
+            try:
+                n = os.preadv(self.fd(file), [into[done:]], start + done)
+            except OSError as e:
+                raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
+            if n == 0:
+                raise CheckpointError(
+                    f"{file}: ends before byte {start + len(into)}; it changed while being read."
+                )
+            done += n
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
+    """Open a directory with an index, one with shards alone, or a single file.
+
+    Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
+    """
+    path = Path(src)
+    if path.is_file():
+        config = _read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
+        others = [CONFIG] if config else []
+        return _open(path.parent, [path.name], None, config, others, [])
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory.")
+    config = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    others, oddities = _other_files(path), []
+    shards = sorted(p.name for p in path.glob("*.safetensors"))
+    index_path = _find_index(path)
+    index = None
+    if index_path is not None:
+        index = _read_index(index_path)
+        named = sorted(set(index.values()))
+        unnamed = [s for s in shards if s not in set(named)]
+        if unnamed:
+            oddities.append(f"{', '.join(unnamed)}: not named by the index, left out")
+        shards = named
+    if not shards:
+        raise CheckpointError(f"{path}: no *.safetensors file here.")
+    return _open(path, shards, index, config, others, oddities)
+
+
+def _open(
+    root: Path,
+    shards: list[str],
+    index: dict[str, str] | None,
+    config: dict[str, Any],
+    others: list[str],
+    oddities: list[str],
+) -> Checkpoint:
+    for name in shards:
+        if not (root / name).is_file():
+            raise CheckpointError(
+                f"{name}: named by the index but not in {root}; the download is incomplete."
+            )
+    checkpoint = Checkpoint(
+        root, {name: read_header(str(root / name), name) for name in shards},
+        config, others, oddities,
+    )  # fmt: skip
+    if index is not None:
+        _compare_with_index(checkpoint, index)
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{root}: the shards hold no tensor.")
+    return checkpoint
+
+
+def _compare_with_index(checkpoint: Checkpoint, index: dict[str, str]) -> None:
+    for name, file in index.items():
+        t = checkpoint.tensors.get(name)
+        if t is None or t.file != file:
+            where = "no shard has it" if t is None else f"it is in {t.file}"
+            raise CheckpointError(f"the index says that {file} holds tensor {name!r}, but {where}.")
+    if len(index) != len(checkpoint.tensors):
+        t = next(t for t in checkpoint.tensors.values() if t.name not in index)
+        raise CheckpointError(f"{t.file} holds tensor {t.name!r}, which the index does not name.")
+
+
+def _find_index(root: Path) -> Path | None:
+    found = sorted(root.glob("*" + INDEX_SUFFIX))
+    usual = root / ("model" + INDEX_SUFFIX)
+    if len(found) > 1 and usual not in found:
+        raise CheckpointError(
+            f"{root}: several index files ({', '.join(p.name for p in found)}), none of them "
+            f"{usual.name}; keep the one to convert."
+        )
+    return usual if usual in found else found[0] if found else None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path.name}: weight_map must map tensor names to files.")
+    for name, file in index.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file.")
+        if os.path.basename(file) != file or "\0" in file:
+            raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
+    return index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise CheckpointError(f"{path.name}: cannot be read: {e.strerror}.") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path.name}: is not valid JSON ({e}).") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: must hold a JSON object.")
+    return value
+
+
+def _other_files(root: Path) -> list[str]:
+    """Files to copy: all but weights and hidden ones. Links are followed, as the Hub cache has them."""
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(n for n in names if not n.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
+                found.append(str(path.relative_to(root)))
+    return found

@@ -1,0 +1,157 @@
+"""Carry out a plan: N workers, each with its own buffers, into a directory that appears at the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.kernels import cpu
+from streamq.plan import MAX_MEMORY, Plan
+from streamq.writer import Destination, ShardWriter, check_destination
+
+from .jobs import Job, Scheduler
+from .worker import Stopped, Worker
+
+INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a conversion did."""
+
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    workers: int
+    backend: str
+
+
+def default_workers() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def convert(
+    source: Checkpoint,
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    max_memory: int = MAX_MEMORY,
+    sync: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the checkpoint that ``plan`` describes to the directory ``dst``.
+
+    ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
+    all workers. ``sync``: flush to disk before ``dst`` appears. ``progress`` is called
+    with bytes of the source done and the name of the tensor they belong to, from any
+    thread. The bytes written depend on the plan alone.
+
+    Raises StreamqError; ``dst.partial`` then stays for the next run to replace.
+    """
+    began = time.perf_counter()
+    target = Path(dst)
+    workers = plan.workers_within(workers or default_workers(), max_memory)
+    check_destination(target, plan.bytes_out, overwrite)
+    destination = Destination(target, overwrite, sync)
+    destination.begin()
+    try:
+        _Run(source, plan, destination, workers, progress or (lambda n, name: None)).run()
+        for name in plan.others:
+            if name != CONFIG:
+                destination.copy_file(source.root / name, name)
+        if len(plan.shards) > 1:
+            destination.write_json(INDEX, plan.index)
+        destination.write_json(CONFIG, plan.config)
+        destination.commit()
+    finally:
+        destination.sync.close()
+    seconds = time.perf_counter() - began
+    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, cpu.NAME)
+
+
+class _Run:
+    """The threads of one conversion."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        plan: Plan,
+        destination: Destination,
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._plan = plan
+        self._destination = destination
+        self._workers = workers
+        self._progress = progress
+        self._scheduler = Scheduler(plan.shards)
+        self._writers: dict[int, ShardWriter] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Run to the end, or raise the first error after all threads have come home."""
+        # Closing a shard waits for the disk, so it has a thread of its own.
+        with ThreadPoolExecutor(1, "close") as closer, ThreadPoolExecutor(self._workers) as pool:
+            closing: list[Future[None]] = []
+            futures = [pool.submit(self._work, i, closer, closing) for i in range(self._workers)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                if not all(f.done() and f.exception() is None for f in futures):
+                    self._stop.set()
+                    self._scheduler.stop()
+                    wait(futures)
+            try:
+                _raise_first(futures)
+                wait(closing)
+                _raise_first(closing)
+            finally:
+                for writer in self._writers.values():
+                    writer.abandon()
+
+    def _work(
+        self, number: int, closer: ThreadPoolExecutor, closing: list[Future[None]]
+    ) -> None:
+        worker = Worker(
+            self._source, self._plan.options.numerics, self._plan.slab_memory, self._stop,
+            self._progress,
+        )  # fmt: skip
+        while (job := self._scheduler.next(number)) is not None:
+            writer = self._writer(job)
+            released = job.run(worker, writer)
+            if self._scheduler.done(job, released):
+                with self._lock:
+                    del self._writers[job.shard]
+                closing.append(closer.submit(writer.close))
+
+    def _writer(self, job: Job) -> ShardWriter:
+        with self._lock:
+            writer = self._writers.get(job.shard)
+            if writer is None:
+                shard = self._plan.shards[job.shard]
+                writer = self._destination.shard(shard.name, shard.header, shard.size)
+                self._writers[job.shard] = writer
+            return writer
+
+
+def _raise_first(futures: list[Future[None]]) -> None:
+    """Raise what went wrong first; that others were stopped because of it says nothing."""
+    errors = [e for f in futures if f.done() and (e := f.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, Stopped):
+            raise error
+    if errors:
+        raise errors[0]

@@ -1,0 +1,1 @@
+"""What bytes and names each loader wants; one file per format."""

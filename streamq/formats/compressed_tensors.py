@@ -1,0 +1,246 @@
+"""compressed-tensors: what vLLM, SGLang and transformers load.
+
+Names and packings are those of compressed-tensors 0.19; the config uses only keys that
+0.17 knows as well, because its models forbid others and vLLM 0.33 pins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from streamq.errors import CheckpointError
+from streamq.schemes import ALL, SCHEMES, Activation, Packing, Quantized, Scheme
+from streamq.tensors import DTYPES
+
+from .layout import Entry, Layout
+
+NAME = "compressed-tensors"
+VERSION = "0.17.0"
+
+Array = np.ndarray[Any, Any]
+
+_SCALE_DTYPES = {"e4m3": "F8_E4M3", "e8m0": "U8", "f32": "F32"}
+_TYPES = {"int": "int", "e4m3": "float", "e2m1": "float"}
+
+
+def format_name(scheme: Scheme) -> str:
+    """The ``format`` of a config group."""
+    if scheme.element == "e2m1":
+        return "nvfp4-pack-quantized" if scheme.two_level else "mxfp4-pack-quantized"
+    if scheme.element == "e4m3":
+        return "mxfp8-quantized" if scheme.scale == "e8m0" else "float-quantized"
+    return "int-quantized" if _is_plain_int8(scheme) else "pack-quantized"
+
+
+def _is_plain_int8(scheme: Scheme) -> bool:
+    return scheme.bits == 8 and scheme.block[1] == ALL and scheme.activation is not None
+
+
+@lru_cache(maxsize=None)
+def layout(rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0) -> Layout:
+    """The tensors that a ``[rows, cols]`` weight of a header dtype becomes.
+
+    ``input_scale``: the value of ``input_global_scale`` for schemes with a constant one.
+    """
+    scale_dtype = _SCALE_DTYPES.get(scheme.scale, dtype)
+    scale_shape = scheme.scale_shape(rows, cols)
+    block_rows = scheme.block_of(rows, cols)[0]
+    scale = Entry(
+        "weight_scale", "scale", scale_dtype, scale_shape, block_rows,
+        scale_shape[1] * DTYPES[scale_dtype].itemsize,
+    )  # fmt: skip
+    if scheme.element == "e2m1":
+        packed = Entry("weight_packed", "codes", "U8", (rows, cols // 2), 1, cols // 2)
+        entries = [packed, scale]
+        if scheme.two_level:
+            entries.append(Entry("weight_global_scale", "global_scale", "F32", (1,)))
+        if scheme.activation is not None and scheme.activation.local:
+            value = np.array([input_scale], "<f4").tobytes()
+            entries.append(Entry("input_global_scale", "constant", "F32", (1,), value=value))
+        return Layout(tuple(entries), Packing("nibbles", 4))
+    if scheme.element == "e4m3" or _is_plain_int8(scheme):
+        tag = "I8" if scheme.element == "int" else "F8_E4M3"
+        codes = Entry("weight", "codes", tag, (rows, cols), 1, cols)
+        return Layout((codes, scale), Packing("bytes"))
+    packing = Packing("words", scheme.bits)
+    row_bytes = packing.row_bytes(cols)
+    entries = [Entry("weight_packed", "codes", "I32", (rows, row_bytes // 4), 1, row_bytes), scale]
+    if not scheme.symmetric:
+        # Packed along the rows: 32 / gcd(bits, 32) of them fill whole words.
+        step = 32 // gcd(scheme.bits, 32)
+        shape = (-(-rows * scheme.bits // 32), scale_shape[1])
+        nbytes = step * scheme.bits // 8 * scale_shape[1]
+        entries.append(Entry("weight_zero_point", "zero_point", "I32", shape, step, nbytes))
+    shape_value = np.array([rows, cols], "<i8").tobytes()
+    entries.append(Entry("weight_shape", "constant", "I64", (2,), value=shape_value))
+    return Layout(tuple(entries), packing)
+
+
+def pack(q: Quantized, scheme: Scheme) -> dict[str, Array]:
+    """Arrays by role from codes that a kernel already packed as ``Layout.packing`` says.
+
+    The rows of ``q`` may be a slab of the tensor that starts at a multiple of
+    ``Layout.row_step``.
+    """
+    arrays = {"codes": q.codes, "scale": q.scale}
+    if q.zero_point is not None:
+        arrays["zero_point"] = _pack_along_rows(q.zero_point, scheme.bits)
+    return arrays
+
+
+def unpack(arrays: Mapping[str, Array], scheme: Scheme, cols: int) -> Quantized:
+    """Codes and scales from the arrays of rows, by role: the inverse of ``pack``.
+
+    ``global_scale`` passes through. Codes come one per byte.
+    """
+    codes = arrays["codes"]
+    rows = len(codes)
+    packing = layout(rows, cols, "F32", scheme).packing
+    if packing.kind == "nibbles":
+        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(rows, cols)
+    elif packing.kind == "words":
+        codes = _unpack_words(codes.view("<u4"), scheme.bits, cols)
+    zero_point = None
+    if not scheme.symmetric:
+        words = np.ascontiguousarray(arrays["zero_point"].T).view("<u4")
+        zero_point = np.ascontiguousarray(_unpack_words(words, scheme.bits, rows).T)
+    return Quantized(codes, arrays["scale"], zero_point, arrays.get("global_scale"))
+
+
+def _pack_along_rows(zero_point: Array, bits: int) -> Array:
+    """int8 ``[rows, groups]`` to int32 ``[ceil(rows * bits / 32), groups]``, offset binary."""
+    rows, groups = zero_point.shape
+    value = (zero_point.T.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    unpacked = np.unpackbits(value[:, :, None], axis=2, count=bits, bitorder="little")
+    out = np.zeros((groups, -(-rows * bits // 32) * 4), np.uint8)
+    packed = np.packbits(unpacked.reshape(groups, rows * bits), axis=1, bitorder="little")
+    out[:, : packed.shape[1]] = packed
+    return np.ascontiguousarray(out.view("<i4").T)
+
+
+def _unpack_words(words: Array, bits: int, count: int) -> Array:
+    """Signed codes of ``bits`` bits from little-endian words ``[rows, words]``."""
+    raw = words.view(np.uint8)
+    unpacked = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little")
+    value = np.packbits(unpacked.reshape(len(raw), count, bits), axis=2, bitorder="little")
+    return (value[:, :, 0].astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+
+
+# --- config.json -----------------------------------------------------------------------
+
+
+def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """``quantization_config``: one group over all Linear modules but the exact names in ``ignore``."""
+    br, bc = scheme.block
+    strategy = "tensor_group" if scheme.two_level else "group"
+    if bc == ALL:
+        strategy = "tensor" if br == ALL else "channel"
+    elif br != 1:
+        strategy = "block"
+    weights = _args(
+        scheme.bits, _TYPES[scheme.element], strategy, scheme.symmetric, False,
+        group_size=bc if strategy in ("group", "tensor_group") else None,
+        block_structure=[br, bc] if strategy == "block" else None,
+        scale_dtype={"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}.get(scheme.scale),
+        zp_dtype=None if scheme.symmetric else "torch.int8",
+    )  # fmt: skip
+    group = {
+        "targets": ["Linear"],
+        "format": format_name(scheme),
+        "weights": weights,
+        "input_activations": _activation_args(scheme.activation),
+        "output_activations": None,
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": format_name(scheme),
+        "global_compression_ratio": None,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "quant_method": NAME,
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _activation_args(a: Activation | None) -> dict[str, Any] | None:
+    if a is None:
+        return None
+    scale_dtype = None
+    if a.local:
+        scale_dtype = "torch.float8_e4m3fn"
+    elif a.group_size == 32:
+        scale_dtype = "torch.uint8"
+    return _args(
+        a.bits, _TYPES[a.element], a.strategy, True, "local" if a.local else True,
+        group_size=a.group_size, scale_dtype=scale_dtype,
+    )  # fmt: skip
+
+
+def _args(
+    bits: int, type_: str, strategy: str, symmetric: bool, dynamic: bool | str, *,
+    group_size: int | None = None, block_structure: list[int] | None = None,
+    scale_dtype: str | None = None, zp_dtype: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "actorder": None,
+        "block_structure": block_structure,
+        "dynamic": dynamic,
+        "group_size": group_size,
+        "num_bits": bits,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": scale_dtype,
+        "strategy": strategy,
+        "symmetric": symmetric,
+        "type": type_,
+        "zp_dtype": zp_dtype,
+    }
+
+
+def read_config(quantization: dict[str, Any]) -> tuple[Scheme, list[str]]:
+    """The scheme and the ignore list of a ``quantization_config`` that ``config`` could have written.
+
+    Raises CheckpointError for one with several groups or with a scheme not known here.
+    """
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise CheckpointError("config.json: quantization_config must have one config group.")
+    (group,) = groups.values()
+    wanted = _essentials(group)
+    for scheme in SCHEMES.values():
+        size = (wanted["weights"] or {}).get("group_size")
+        candidate = scheme
+        if scheme.element == "int" and scheme.block[1] != ALL and isinstance(size, int):
+            candidate = Scheme(
+                scheme.name, scheme.element, scheme.bits, (1, size), scheme.scale,
+                scheme.symmetric, activation=scheme.activation,
+            )  # fmt: skip
+        ours = config(candidate, [])["config_groups"]["group_0"]
+        if _essentials(ours) == wanted:
+            return candidate, list(quantization.get("ignore") or [])
+    raise CheckpointError(
+        "config.json: the scheme of quantization_config is none that streamq knows: "
+        f"{wanted['weights']}."
+    )
+
+
+_ESSENTIAL = (
+    "num_bits", "type", "strategy", "group_size", "block_structure", "symmetric", "dynamic",
+)  # fmt: skip
+
+
+def _essentials(group: Any) -> dict[str, Any]:
+    """What decides the numbers; observers and dtypes are spelled differently by other writers."""
+    group = group if isinstance(group, dict) else {}
+
+    def pick(args: Any) -> dict[str, Any] | None:
+        return {k: args.get(k) for k in _ESSENTIAL} if isinstance(args, dict) else None
+
+    return {k: pick(group.get(k)) for k in ("weights", "input_activations")}

@@ -1,0 +1,121 @@
+"""What a plan is made of: options, steps, shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from streamq.errors import PlanError
+from streamq.formats.layout import Layout
+from streamq.schemes import Numerics, Scheme
+from streamq.tensors import TensorInfo
+
+#: Default for ``--max-memory``: the buffers of all workers together, in bytes.
+MAX_MEMORY = 512 << 20
+#: What Python, numpy and numba take before the first buffer, in bytes (measured, x86-64).
+BASE_MEMORY = 115 << 20
+#: Source bytes of one slab: 1 to 4 MiB are all within 5%, and 1 MiB stays in the L2 cache.
+SLAB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asks for; two runs with equal options write equal bytes."""
+
+    scheme: Scheme
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    numerics: Numerics = "f32"
+    shard_size: int | None = None
+    input_scale: float = 1.0
+
+
+class Member(NamedTuple):
+    """A weight that is quantized, and the absolute offsets of its entries in the shard."""
+
+    source: TensorInfo
+    layout: Layout
+    starts: tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """Weights that share a scheme and, where it has one, the global scale."""
+
+    scheme: Scheme
+    members: tuple[Member, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes."""
+        return sum(m.source.nbytes for m in self.members)
+
+
+class Copy(NamedTuple):
+    """A tensor that stays as it is, and its absolute offset in the shard."""
+
+    source: TensorInfo
+    start: int
+
+
+@dataclass(slots=True)
+class ShardPlan:
+    """One output file."""
+
+    name: str
+    steps: list[Step] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    tensors: list[TensorInfo] = field(default_factory=list)
+    header: bytes = b""
+    size: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """A conversion that can be carried out."""
+
+    options: Options
+    shards: list[ShardPlan]
+    config: dict[str, Any]
+    others: list[str]
+    unquantized: list[tuple[TensorInfo, str]]
+    warnings: list[str]
+    notes: list[str]
+    bytes_in: int
+    slab_memory: int
+    input_files: int
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of all output shards."""
+        return sum(s.size for s in self.shards)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """``model.safetensors.index.json``; total_size counts tensor bytes, as the Hub's do."""
+        total = sum(s.size - len(s.header) for s in self.shards)
+        weight_map = {t.name: s.name for s in self.shards for t in s.tensors}
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def peak_memory(self, workers: int) -> int:
+        """Estimate of the peak resident size of the process, in bytes."""
+        tensors = sum(len(s.tensors) for s in self.shards)
+        return BASE_MEMORY + workers * self.slab_memory + 1000 * tensors
+
+    def workers_within(self, wanted: int, max_memory: int) -> int:
+        """As many workers as their buffers fit into ``max_memory``.
+
+        Raises PlanError where not even one fits.
+        """
+        fit = max_memory // self.slab_memory
+        if fit < 1:
+            raise PlanError(
+                f"--max-memory {max_memory >> 20}MiB is too little: the widest tensor needs "
+                f"{-(-self.slab_memory >> 20)}MiB of buffers."
+            )
+        return min(wanted, fit)
+
+
+def slab_rows(layout: Layout, row_bytes: int) -> int:
+    """Rows of one slab: about SLAB bytes of the source, a multiple of the layout's step."""
+    step = layout.row_step
+    return max(step, SLAB // max(row_bytes, 1) // step * step)

@@ -1,0 +1,200 @@
+"""Schemes: what numbers a weight becomes.
+
+A scheme says which element type a weight is rounded to, which block of elements shares
+a scale, and how that scale is stored. How the bytes are arranged is a format's business.
+The preset names are those of compressed-tensors (``preset_name_to_scheme``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+
+from streamq.errors import PlanError
+
+Element = Literal["int", "e4m3", "e2m1"]
+ScaleType = Literal["weight", "f32", "e4m3", "e8m0"]
+Numerics = Literal["f32", "weight"]
+
+#: The whole axis, in Scheme.block.
+ALL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """How a loader is asked to quantize the inputs of the layer; no weight byte depends on it."""
+
+    element: Element
+    bits: int
+    strategy: Literal["token", "group", "tensor_group"]
+    group_size: int | None = None
+    local: bool = False  # only the block scales are dynamic, the global one is a constant
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a ``[rows, cols]`` weight is quantized to.
+
+    ``block = (rows, cols)`` is the set of elements that share one scale, ALL for a whole
+    axis. ``scale`` is the dtype the scale is stored in ("weight": the dtype of the weight).
+    ``two_level`` schemes have an f32 global scale above the block scales. ``narrow``
+    integers use the range +-(2^(bits-1) - 1).
+    """
+
+    name: str
+    element: Element
+    bits: int
+    block: tuple[int, int]
+    scale: ScaleType = "weight"
+    symmetric: bool = True
+    narrow: bool = False
+    two_level: bool = False
+    activation: Activation | None = None
+
+    @property
+    def whole_tensor(self) -> bool:
+        """One scale for the whole tensor, so that its amax is needed before any code."""
+        return self.block == (ALL, ALL)
+
+    @property
+    def needs_amax(self) -> bool:
+        """True where a first pass over all rows has to come before the codes."""
+        return self.whole_tensor or self.two_level
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest integer code."""
+        half = 1 << (self.bits - 1)
+        return (1 - half if self.narrow else -half), half - 1
+
+    def block_of(self, rows: int, cols: int) -> tuple[int, int]:
+        """``block`` with ALL replaced by the real extent of a ``[rows, cols]`` tensor."""
+        r, c = self.block
+        return (rows if r == ALL else r), (cols if c == ALL else c)
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Number of blocks along each axis of a ``[rows, cols]`` tensor."""
+        r, c = self.block_of(rows, cols)
+        return -(-rows // r), -(-cols // c)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized ``[rows, cols]`` tensor, as kernels give it and formats take it.
+
+    ``codes``: one per byte (int8, float8_e4m3fn, or uint8 e2m1 indices with the sign in
+    bit 3), or uint8 ``[rows, row bytes]`` when a kernel packed them. ``scale``: ``[row
+    blocks, col blocks]`` in its storage dtype (uint8 for e8m0). ``zero_point``: int8 of
+    the same shape, for asymmetric schemes. ``global_scale``: f32, the divisor of
+    two-level schemes; a value is ``code * scale / global_scale``.
+    """
+
+    codes: np.ndarray[Any, Any]
+    scale: np.ndarray[Any, Any]
+    zero_point: np.ndarray[Any, Any] | None = None
+    global_scale: np.ndarray[Any, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How codes lie in a row of the output; a fused kernel may emit this directly.
+
+    ``bytes``: one code per byte. ``nibbles``: two, the even column low. ``words``: offset
+    binary (code + 2^(bits-1)), element i at bit ``i * bits``, least significant first,
+    each row padded to whole 32-bit words.
+    """
+
+    kind: Literal["bytes", "nibbles", "words"]
+    bits: int = 8
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes that ``cols`` codes take."""
+        if self.kind == "bytes":
+            return cols
+        if self.kind == "nibbles":
+            return -(-cols // 2)
+        return -(-cols * self.bits // 32) * 4
+
+
+BYTES = Packing("bytes")
+
+
+def _int(bits: int, act_bits: int = 16, **kw: Any) -> dict[str, Any]:
+    activation = Activation("int", act_bits, "token") if act_bits < 16 else None
+    return {"element": "int", "bits": bits, "block": (1, 128), "activation": activation, **kw}
+
+
+def _block_fp4(scale: ScaleType, group: int, activation: Activation | None) -> dict[str, Any]:
+    return {
+        "element": "e2m1", "bits": 4, "block": (1, group), "scale": scale,
+        "two_level": scale == "e4m3", "activation": activation,
+    }  # fmt: skip
+
+
+def _fp8(
+    block: tuple[int, int], activation: Activation | None, scale: ScaleType = "weight"
+) -> dict[str, Any]:
+    return {
+        "element": "e4m3", "bits": 8, "block": block, "scale": scale, "activation": activation,
+    }  # fmt: skip
+
+
+# One row adds a scheme. Values as compressed-tensors 0.19 defines the presets.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "NVFP4A16": _block_fp4("e4m3", 16, None),
+    "NVFP4": _block_fp4("e4m3", 16, Activation("e2m1", 4, "tensor_group", 16, local=True)),
+    "MXFP4A16": _block_fp4("e8m0", 32, None),
+    "MXFP4": _block_fp4("e8m0", 32, Activation("e2m1", 4, "group", 32)),
+    "MXFP8A16": _fp8((1, 32), None, "e8m0"),
+    "MXFP8": _fp8((1, 32), Activation("e4m3", 8, "group", 32), "e8m0"),
+    "FP8_DYNAMIC": _fp8((1, ALL), Activation("e4m3", 8, "token")),
+    "FP8_BLOCK": _fp8((128, 128), Activation("e4m3", 8, "group", 128)),
+    "W8A8": _int(8, 8, block=(1, ALL)),
+    "W4A16_ASYM": _int(4, symmetric=False),
+    "W4AFP8": _int(4, activation=Activation("e4m3", 8, "token")),
+    "W4A8": _int(4, 8),
+    **{f"W{b}A16": _int(b) for b in range(2, 9)},
+}
+
+SCHEMES: dict[str, Scheme] = {name: Scheme(name, **kw) for name, kw in _PRESETS.items()}
+
+ALIASES = {"INT8": "W8A8"}
+
+
+def resolve(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme of a preset name (any case), with ``--group-size`` applied.
+
+    Raises PlanError for a name that is not known, for one that needs calibration, and for
+    a group size on a scheme that has none.
+    """
+    key = ALIASES.get(name.upper(), name.upper())
+    if key == "FP8":
+        raise PlanError(
+            "FP8 has a static activation scale that only calibration data can give; "
+            "use FP8_DYNAMIC, which quantizes activations at run time."
+        )
+    scheme = SCHEMES.get(key)
+    if scheme is None:
+        near = get_close_matches(key, [*SCHEMES, *ALIASES], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PlanError(
+            f"unknown scheme {name!r}: {hint}known schemes are {', '.join(SCHEMES)}."
+        )
+    if group_size is None:
+        return scheme
+    if scheme.element != "int" or scheme.block[1] == ALL:
+        raise PlanError(
+            f"--group-size does not apply to {scheme.name}: its block of "
+            f"{block_text(scheme.block)} is part of the scheme."
+        )
+    if group_size < 8 or group_size % 8:
+        raise PlanError(f"--group-size must be a multiple of 8, got {group_size}.")
+    return replace(scheme, block=(1, group_size))
+
+
+def block_text(block: tuple[int, int]) -> str:
+    """``1x128``, ``1xall``: a block for messages and tables."""
+    return "x".join("all" if b == ALL else str(b) for b in block)
