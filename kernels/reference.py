@@ -97,7 +97,7 @@ def quantize(
         stored = scale.astype(_scale_dtype(scheme, x.dtype))
     refuse_non_finite("scale", stored)
 
-    q = w / _spread(scale, scheme, w.shape)
+    q = w / spread(scale, scheme, w.shape)
     if numerics == "weight" and not scheme.two_level:
         q = _as(q, x.dtype)
     if scheme.element == "e2m1":
@@ -107,14 +107,17 @@ def quantize(
     else:
         lo, hi = scheme.code_range
         if zero_point is not None:
-            q = q + _spread(zero_point.astype(F32), scheme, w.shape)
+            q = q + spread(zero_point.astype(F32), scheme, w.shape)
             q = _as(q, x.dtype) if numerics == "weight" else q
         codes = np.rint(np.clip(q, lo, hi)).astype(np.int8)
     return Quantized(pack(codes, packing), stored, zero_point, outer if scheme.two_level else None)
 
 
 def dequantize(q: Quantized, scheme: Scheme) -> Array:
-    """Values of unpacked codes, f32 ``[rows, cols]``: ``(code - zero) * scale / global``."""
+    """Values of unpacked codes, f32 ``[rows, cols]``: ``(code - zero) * scale / global``.
+
+    Infinite where a weight near the largest f32 was rounded up, as it is for a loader.
+    """
     if scheme.element == "e2m1":
         magnitude = E2M1_VALUES[q.codes & 7]
         w = np.where(q.codes & 8, -magnitude, magnitude)
@@ -124,8 +127,9 @@ def dequantize(q: Quantized, scheme: Scheme) -> Array:
     if q.global_scale is not None:
         scale = scale / np.asarray(q.global_scale, F32).reshape(-1, 1)
     if q.zero_point is not None:
-        w = w - _spread(q.zero_point.astype(F32), scheme, w.shape)
-    return w * _spread(scale, scheme, w.shape)
+        w = w - spread(q.zero_point.astype(F32), scheme, w.shape)
+    with np.errstate(over="ignore"):
+        return w * spread(scale, scheme, w.shape)
 
 
 def e2m1_codes(q: Array) -> Array:
@@ -293,7 +297,7 @@ def _block_reduce(w: Array, scheme: Scheme, ufunc: np.ufunc) -> Array:
     return down
 
 
-def _spread(per_block: Array, scheme: Scheme, shape: tuple[int, ...]) -> Array:
+def spread(per_block: Array, scheme: Scheme, shape: tuple[int, ...]) -> Array:
     """Each block's number at each of its elements."""
     rows, cols = shape
     br, bc = scheme.block_of(rows, cols)

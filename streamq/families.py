@@ -57,7 +57,7 @@ FUSED_GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
-    """Modules that stay unquantized unless the user asks for them.
+    """Modules that stay unquantized.
 
     ``patterns``: globs over module names (``*`` crosses dots). ``when``: "fp4" for e2m1
     schemes only, "not_fp8_block" for all but 128x128 FP8.
@@ -151,6 +151,14 @@ LEFT_ALONE = (
 )  # fmt: skip
 
 
+#: Model types for which the generic rules are known to be all that is needed.
+GENERIC = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
+    "gemma3_text", "phi", "phi3", "deepseek_v2", "granite", "olmo2", "olmoe", "starcoder2", "cohere",
+    "falcon", "gpt_neox", "glm4", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
+)  # fmt: skip
+
+
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     """One test for several patterns over module names: globs, or ``re:`` and a regex.
 
@@ -192,7 +200,10 @@ class Family:
         self._group = {member: g for g in groups for member in g.members}
         rows = [r for r in LEFT_ALONE if not r.model_types or self.model_type in r.model_types]
         self._left_alone = [(r, matcher(p for p in r.patterns if p != MTP_LAYERS)) for r in rows]
-        self.known = any(self.model_type in row.model_types for row in (*FUSED_GROUPS, *LEFT_ALONE))
+        rows_of_its_own = (*FUSED_GROUPS, *LEFT_ALONE)
+        self.known = self.model_type in GENERIC or any(
+            self.model_type in row.model_types for row in rows_of_its_own
+        )
         self._why = lru_cache(maxsize=None)(self._why_uncached)
 
     def group_of(self, module: str) -> tuple[str, FusedGroup] | None:
@@ -230,7 +241,9 @@ def _applies(row: LeftAlone, scheme: Scheme) -> bool:
     return True
 
 
-_EXPERT_STACKS = re.compile(r"(^|\.)(gate_up_proj|down_proj|gate_proj|up_proj|input_linear|output_linear|w[123])(\.weight)?$")
+_EXPERT_STACKS = re.compile(
+    r"(^|\.)(gate_up_proj|down_proj|gate_proj|up_proj|input_linear|output_linear|w[123])(\.weight)?$"
+)
 
 
 def is_expert_stack(name: str, shape: tuple[int, ...]) -> bool:

@@ -180,9 +180,7 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
     if scheme is None:
         near = get_close_matches(key, [*SCHEMES, *ALIASES], 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise PlanError(
-            f"unknown scheme {name!r}: {hint}known schemes are {', '.join(SCHEMES)}."
-        )
+        raise PlanError(f"unknown scheme {name!r}: {hint}known schemes are {', '.join(SCHEMES)}.")
     if group_size is None:
         return scheme
     if scheme.element != "int" or scheme.block[1] == ALL:

@@ -33,12 +33,15 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int, int]]) 
     refuse files without it.
     """
     quote = json.encoder.encode_basestring
+    middles: dict[tuple[str, tuple[int, ...]], str] = {}  # few, for very many tensors
     parts = ['{"__metadata__":{"format":"pt"}']
-    parts += [
-        f'{quote(name)}:{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],'
-        f'"data_offsets":[{start},{end}]}}'
-        for name, dtype, shape, start, end in tensors
-    ]
+    for name, dtype, shape, start, end in tensors:
+        middle = middles.get((dtype, shape))
+        if middle is None:
+            sizes = ",".join(map(str, shape))
+            middle = f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
+            middles[dtype, shape] = middle
+        parts.append(f"{quote(name)}{middle}{start},{end}]}}")
     text = ",".join(parts).encode() + b"}"
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -196,11 +199,15 @@ class Destination:
             shutil.copymode(source, target)
             self._sync_path(target)
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file, two spaces of indent and keys in the order given, as the Hub has them."""
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON object, keys in the order given, two spaces of indent as the Hub has them."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file in UTF-8."""
         target = self.partial / name
         with _naming(name):
-            target.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            target.write_text(text, "utf-8")
             self._sync_path(target)
 
     def commit(self) -> None:
@@ -292,20 +299,29 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
     """
     if os.path.lexists(dst) and not overwrite:
         raise WriteError(f"{dst}: already exists; give another name, or --overwrite to replace it.")
-    parent = Path(os.path.abspath(dst)).parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(dst)
     if not parent.is_dir():
         raise WriteError(f"{dst}: {parent} is not a directory.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise WriteError(f"{dst}: {parent} cannot be written to (read-only, or no permission).")
-    free = shutil.disk_usage(parent).free
-    partial = dst.with_name(dst.name + ".partial")
-    if partial.is_dir():  # an interrupted run's files make way first
-        free += sum(p.stat().st_blocks * 512 for p in partial.rglob("*") if p.is_file())
+    free = free_bytes(dst)
     if free < need:
         raise WriteError(
             f"{dst}: needs {size_text(need)}, the disk has {size_text(free)} free; "
             "free some or choose another place."
         )
     return free
+
+
+def free_bytes(dst: Path) -> int:
+    """Free bytes on the disk of ``dst``, what an interrupted run left there counted as free."""
+    free = shutil.disk_usage(_existing_parent(dst)).free
+    partial = dst.with_name(dst.name + ".partial")
+    return free + sum(p.lstat().st_blocks * 512 for p in partial.rglob("*"))
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = Path(os.path.abspath(path)).parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    return parent

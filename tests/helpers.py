@@ -39,7 +39,9 @@ def write_checkpoint(
     return folder
 
 
-def run_convert(src: Path, dst: Path, scheme: str, *, group_size: int | None = None, **kw: Any) -> Plan:
+def run_convert(
+    src: Path, dst: Path, scheme: str, *, group_size: int | None = None, **kw: Any
+) -> Plan:
     """Convert by the Python calls that the command line makes."""
     keys = ("workers", "max_memory", "sync", "overwrite")
     how = {"sync": False} | {k: kw.pop(k) for k in keys if k in kw}

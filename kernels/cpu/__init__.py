@@ -10,9 +10,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from streamq.kernels.reference import E4M3, refuse_non_finite
 
 from streamq.errors import NonFiniteError
-from streamq.kernels.reference import E4M3, refuse_non_finite
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
 
 from . import amax as _amax
@@ -83,6 +83,14 @@ def quantize(
     if top >= INF_BITS:
         refuse_non_finite("weight", x)
     return Quantized(out.codes, out.scale, out.zero_point, outer if scheme.two_level else None)
+
+
+def warm_up(scheme: Scheme, packing: Packing, dtype: np.dtype[Any], numerics: Numerics) -> None:
+    """Compile what ``quantize`` of such a weight runs, or load it from the cache."""
+    x = np.zeros((1, 128 if scheme.block[1] < 0 else scheme.block[1]), dtype)
+    if scheme.needs_amax:
+        amax(x)
+    quantize(x, scheme, packing, numerics=numerics, outer=np.ones(1, np.float32))
 
 
 def _with_float_scale(

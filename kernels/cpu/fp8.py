@@ -9,7 +9,17 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .bits import (
-    JIT, ROUND_F32, amax_bits, e4m3_code, f32, round_to, u8, u32, u64, value, widen,
+    JIT,
+    ROUND_F32,
+    amax_bits,
+    e4m3_code,
+    f32,
+    round_to,
+    u8,
+    u32,
+    u64,
+    value,
+    widen,
 )  # fmt: skip
 
 

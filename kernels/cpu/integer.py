@@ -9,7 +9,18 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .bits import (
-    JIT, ROUND_F32, amax_bits, f32, pack_nibbles, rint_code, round_to, u8, u32, u64, value, widen,
+    JIT,
+    ROUND_F32,
+    amax_bits,
+    f32,
+    pack_nibbles,
+    rint_code,
+    round_to,
+    u8,
+    u32,
+    u64,
+    value,
+    widen,
 )  # fmt: skip
 
 

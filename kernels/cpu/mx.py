@@ -9,8 +9,20 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .bits import (
-    JIT, ROUND_F16, ROUND_F32, amax_bits, e2m1_code, e4m3_code, f32, pack_nibbles, round_to,
-    u8, u32, u64, value, widen,
+    JIT,
+    ROUND_F16,
+    ROUND_F32,
+    amax_bits,
+    e2m1_code,
+    e4m3_code,
+    f32,
+    pack_nibbles,
+    round_to,
+    u8,
+    u32,
+    u64,
+    value,
+    widen,
 )  # fmt: skip
 
 PLAIN = -1  # no rounding of the scale and the quotient to the weight's dtype

@@ -8,8 +8,19 @@ import numba as nb
 import numpy as np
 
 from .bits import (
-    JIT, amax_bits, e2m1_code, e4m3_magnitude, e4m3_value, f32, pack_nibbles, round_to,
-    u8, u32, u64, value, widen,
+    JIT,
+    amax_bits,
+    e2m1_code,
+    e4m3_magnitude,
+    e4m3_value,
+    f32,
+    pack_nibbles,
+    round_to,
+    u8,
+    u32,
+    u64,
+    value,
+    widen,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The read side: headers first, then bytes into buffers that the caller owns."""
 
 from .header import read_header
-from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint
+from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint, read_json
 
-__all__ = ["CONFIG", "INDEX_SUFFIX", "Checkpoint", "open_checkpoint", "read_header"]
+__all__ = ["CONFIG", "INDEX_SUFFIX", "Checkpoint", "open_checkpoint", "read_header", "read_json"]

@@ -108,12 +108,12 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(src)
     if path.is_file():
-        config = _read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
+        config = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
         others = [CONFIG] if config else []
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
-    config = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     others, oddities = _other_files(path), []
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     index_path = _find_index(path)
@@ -143,10 +143,11 @@ def _open(
             raise CheckpointError(
                 f"{name}: named by the index but not in {root}; the download is incomplete."
             )
-    checkpoint = Checkpoint(
-        root, {name: read_header(str(root / name), name) for name in shards},
-        config, others, oddities,
-    )  # fmt: skip
+    headers = {name: read_header(str(root / name), name) for name in shards}
+    unmarked = [name for name, header in headers.items() if "format" not in header.metadata]
+    if unmarked:
+        oddities.append(f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it")
+    checkpoint = Checkpoint(root, headers, config, others, oddities)
     if index is not None:
         _compare_with_index(checkpoint, index)
     if not checkpoint.tensors:
@@ -177,18 +178,20 @@ def _find_index(root: Path) -> Path | None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = _read_json(path).get("weight_map")
+    index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path.name}: weight_map must map tensor names to files.")
     for name, file in index.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file.")
+            raise CheckpointError(
+                f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
+            )
         if os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:

@@ -13,6 +13,7 @@ from pathlib import Path
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.kernels import cpu
 from streamq.plan import MAX_MEMORY, Plan
+from streamq.tensors import DTYPES
 from streamq.writer import Destination, ShardWriter, check_destination
 
 from .jobs import Job, Scheduler
@@ -21,6 +22,9 @@ from .worker import Stopped, Worker
 INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int, str], None]
+
+#: Kernels that are in the cache on disk load in well under this; compiling takes longer.
+SLOW_START = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +53,24 @@ def convert(
     sync: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Summary:
     """Write the checkpoint that ``plan`` describes to the directory ``dst``.
 
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
     all workers. ``sync``: flush to disk before ``dst`` appears. ``progress`` is called
     with bytes of the source done and the name of the tensor they belong to, from any
-    thread. The bytes written depend on the plan alone.
+    thread; ``notify`` with sentences for people. The bytes written depend on the plan alone.
 
-    Raises StreamqError; ``dst.partial`` then stays for the next run to replace.
+    Raises StreamqError; ``dst.partial`` then stays for the next run to replace, and a
+    note on the exception says so.
     """
     began = time.perf_counter()
     target = Path(dst)
     workers = plan.workers_within(workers or default_workers(), max_memory)
-    check_destination(target, plan.bytes_out, overwrite)
+    check_destination(target, plan.disk_needed, overwrite)
     destination = Destination(target, overwrite, sync)
+    _load_kernels(plan, notify)
     destination.begin()
     try:
         _Run(source, plan, destination, workers, progress or (lambda n, name: None)).run()
@@ -71,13 +78,35 @@ def convert(
             if name != CONFIG:
                 destination.copy_file(source.root / name, name)
         if len(plan.shards) > 1:
-            destination.write_json(INDEX, plan.index)
+            destination.write_text(INDEX, plan.index)
         destination.write_json(CONFIG, plan.config)
         destination.commit()
+    except BaseException as e:
+        e.add_note(
+            f"{target} was not written; {destination.partial} stays, the next run replaces it."
+        )
+        raise
     finally:
         destination.sync.close()
     seconds = time.perf_counter() - began
     return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, cpu.NAME)
+
+
+def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> None:
+    """Compile the kernels, or load them from the cache, before any thread needs them."""
+    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
+    timer = threading.Timer(SLOW_START, lambda: notify(text) if notify else None)
+    timer.daemon = True
+    timer.start()
+    try:
+        for packing, dtype in {
+            (m.layout.packing, DTYPES[m.source.dtype].numpy)
+            for shard in plan.shards for step in shard.steps for m in step.members
+        }:  # fmt: skip
+            assert dtype is not None
+            cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics)
+    finally:
+        timer.cancel()
 
 
 class _Run:
@@ -122,9 +151,7 @@ class _Run:
                 for writer in self._writers.values():
                     writer.abandon()
 
-    def _work(
-        self, number: int, closer: ThreadPoolExecutor, closing: list[Future[None]]
-    ) -> None:
+    def _work(self, number: int, closer: ThreadPoolExecutor, closing: list[Future[None]]) -> None:
         worker = Worker(
             self._source, self._plan.options.numerics, self._plan.slab_memory, self._stop,
             self._progress,

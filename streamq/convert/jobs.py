@@ -41,9 +41,7 @@ class Batch:
         segments = [Segment(m, 0, m.source.shape[0]) for m in members]
         outer: dict[str, np.float32] = {}
         if scheme.needs_amax:
-            amax = worker.amax(segments)
-            for step in self.steps:
-                outer.update(_outer(step, amax, worker))
+            outer = _outer(self.steps, worker.amax(segments), worker)
         worker.quantize(segments, scheme, outer, writer)
         return []
 
@@ -79,7 +77,7 @@ class AmaxPart:
         """Find the maxima; returns the second pass when all are known."""
         if not self.large.add(worker.amax(self.segments)):
             return []
-        outer = _outer(self.large.step, self.large.amax, worker)
+        outer = _outer([self.large.step], self.large.amax, worker)
         for part in self.then:
             part.outer = outer
         return list(self.then)
@@ -173,11 +171,15 @@ def _copies(number: int, copies: list[Copy]) -> Iterator[Job]:
         yield run
 
 
-def _outer(step: Step, amax: dict[str, float], worker: Worker) -> dict[str, np.float32]:
-    """One scale for the whole group, by the name of each member."""
-    names = [m.source.name for m in step.members]
-    scale = worker.outer(max(amax[n] for n in names), step.scheme, step.members[0])
-    return dict.fromkeys(names, scale)
+def _outer(steps: list[Step], amax: dict[str, float], worker: Worker) -> dict[str, np.float32]:
+    """One scale for each group, by the name of every member."""
+    found: dict[str, np.float32] = {}
+    for dtype in {step.members[0].source.dtype for step in steps}:
+        same = [step for step in steps if step.members[0].source.dtype == dtype]
+        tops = [max([amax[m.source.name] for m in step.members]) for step in same]
+        for step, scale in zip(same, worker.outer(tops, steps[0].scheme, dtype), strict=True):
+            found.update((m.source.name, scale) for m in step.members)
+    return found
 
 
 class Scheduler:

@@ -1,9 +1,16 @@
-"""What one thread does: read a slab, quantize it, write what it became."""
+"""What one thread does: read a slab, quantize it, write what it became.
+
+A slab is a piece of a file, about 1 MiB: rows of one weight, or many small weights that
+lie one behind the other. Inside it as many weights as possible go through a kernel as
+one matrix, and what they become is gathered until a piece worth writing is full, so that
+70,000 small tensors cost no more calls than a few large ones.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +20,17 @@ from streamq.errors import NonFiniteError, StreamqError
 from streamq.formats import compressed_tensors as fmt
 from streamq.kernels import cpu
 from streamq.kernels.reference import outer_scale
-from streamq.plan import Member, slab_rows
+from streamq.plan import SLAB, Member, slab_rows
 from streamq.schemes import Numerics, Quantized, Scheme
 from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
 Array = np.ndarray[Any, Any]
 
-
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
+#: Elements of the longest row that flat weights are seen as.
+ROW = 1 << 16
 
 
 class Stopped(Exception):
@@ -36,59 +44,98 @@ class Segment(NamedTuple):
     first: int
     last: int
 
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return (self.last - self.first) * self.member.layout.cols
+
 
 class Slab(NamedTuple):
-    """Rows of one weight, or a stack of whole weights that lie one behind the other.
+    """Segments whose bytes follow each other in one file."""
 
-    The members of a stack have the same columns, and their source bytes and each of
-    their outputs are contiguous: it is read, quantized and written as one matrix.
-    ``first`` is the row of the first member where the slab starts.
-    """
-
-    members: list[Member]
-    rows: int
-    first: int
+    file: str
+    start: int
+    dtype: np.dtype[Any]
+    segments: list[Segment]
+    numel: int
 
 
 def slabs(segments: list[Segment]) -> Iterator[Slab]:
-    """Cut segments into slabs; small neighbours are stacked."""
-    stack: list[Member] = []
-    filled = 0
+    """Cut and join segments, which come in the order of the source, into slabs."""
+    joined: list[Segment] = []
+    file, dtype, start, numel, limit = "", "", 0, 0, 0
+    itemsize = 1
     for segment in segments:
         member, first, last = segment
-        source = member.source
-        rows, cols = source.shape
-        step = slab_rows(member.layout, cols * DTYPES[source.dtype].itemsize)
-        whole = last - first == rows and rows < step
-        if stack and not (whole and filled + rows <= step and _continues(stack[-1], member)):
-            yield Slab(stack, filled, 0)
-            stack, filled = [], 0
-        if whole:
-            stack.append(member)
-            filled += rows
+        t, layout = member.source, member.layout
+        size = (last - first) * layout.cols
+        if joined and (
+            numel + size > limit
+            or t.file != file
+            or t.dtype != dtype
+            or t.start != start + numel * itemsize
+            or first
+        ):
+            yield Slab(file, start, _numpy(dtype), joined, numel)
+            joined = []
+        if not joined:
+            file, dtype = t.file, t.dtype
+            itemsize = DTYPES[dtype].itemsize
+            start, numel, limit = t.start, 0, SLAB // itemsize
+        if numel + size <= limit and not first:
+            joined.append(segment)
+            numel += size
             continue
+        step = slab_rows(layout, layout.cols * itemsize)
         for row in range(first, last, step):
-            yield Slab([member], min(step, last - row), row)
-    if stack:
-        yield Slab(stack, filled, 0)
+            piece = Segment(member, row, min(row + step, last))
+            at = t.start + row * layout.cols * itemsize
+            yield Slab(file, at, _numpy(dtype), [piece], piece.numel)
+    if joined:
+        yield Slab(file, start, _numpy(dtype), joined, numel)
 
 
-def _continues(a: Member, b: Member) -> bool:
-    """Whether ``b`` follows ``a`` in the source and in every output made of rows."""
-    s, t = a.source, b.source
-    if s.shape[1] != t.shape[1] or s.dtype != t.dtype or s.file != t.file:
+def _numpy(tag: str) -> np.dtype[Any]:
+    dtype = DTYPES[tag].numpy
+    assert dtype is not None
+    return dtype
+
+
+def stacks(segments: list[Segment]) -> Iterator[list[Segment]]:
+    """Split a slab's segments into runs that a kernel can take as one matrix."""
+    run = [segments[0]]
+    for segment in segments[1:]:
+        if not _continues(run[-1], segment):
+            yield run
+            run = []
+        run.append(segment)
+    yield run
+
+
+def _continues(a: Segment, b: Segment) -> bool:
+    """Whether ``b`` follows ``a`` in every output made of rows, in the same geometry."""
+    x, y = a.member.layout, b.member.layout
+    if not (x.flat and y.flat) and (x.cols != y.cols or x.rows % x.row_step):
         return False
-    if s.shape[0] % a.layout.row_step or t.start != s.end:
-        return False
-    return all(
-        y == x + e.size
-        for e, x, y in zip(a.layout.entries, a.starts, b.starts, strict=True)
-        if e.rows
-    )
+    for e, s, t in zip(x.entries, a.member.starts, b.member.starts, strict=True):
+        if e.rows and t != s + e.size:
+            return False
+    return True
+
+
+def _width(run: list[Segment]) -> int:
+    """Columns of the matrix that a run is seen as.
+
+    Flat weights may be seen as rows of any length that divides them; long ones cost less.
+    """
+    if len(run) == 1 or not run[0].member.layout.flat:
+        return run[0].member.layout.cols
+    width = gcd(*[s.numel for s in run])
+    return width if width <= ROW else gcd(*[s.member.layout.cols for s in run])
 
 
 class Worker:
-    """The buffers of one thread and the three things it does with them."""
+    """The buffers of one thread and what it does with them."""
 
     def __init__(
         self,
@@ -100,7 +147,7 @@ class Worker:
     ) -> None:
         self._source = source
         self._numerics = numerics
-        self._arena = np.empty(memory + 8 * 64, np.uint8)
+        self._arena = np.empty(memory, np.uint8)
         self._stop = stop
         self._progress = progress
 
@@ -108,23 +155,23 @@ class Worker:
         """Largest magnitude of each weight over the given rows, by tensor name."""
         found: dict[str, float] = {}
         for slab in slabs(segments):
-            x, _ = self._read(slab)
-            with _telling(slab):
+            sizes = [s.numel for s in slab.segments]
+            width = gcd(*sizes) if len(sizes) > 1 else slab.segments[0].member.layout.cols
+            x = self._read(slab).reshape(-1, width)
+            with _telling(slab.segments, width):
                 rows = cpu.amax(x)
-            if len(slab.members) == 1:
-                name = slab.members[0].source.name
-                found[name] = max(found.get(name, 0.0), float(rows.max()))
-            else:
-                starts = np.cumsum([0] + [m.source.shape[0] for m in slab.members[:-1]])
-                tops = np.maximum.reduceat(rows, starts).tolist()
-                found.update(zip((m.source.name for m in slab.members), tops, strict=True))
+            starts = np.cumsum([0, *sizes[:-1]]) // width
+            for segment, top in zip(
+                slab.segments, np.maximum.reduceat(rows, starts).tolist(), strict=True
+            ):
+                name = segment.member.source.name
+                found[name] = max(found.get(name, 0.0), top)
         return found
 
-    def outer(self, amax: float, scheme: Scheme, member: Member) -> np.float32:
-        """The scale above the blocks for the amax of a group."""
-        dtype = DTYPES[member.source.dtype].numpy
-        assert dtype is not None
-        return np.float32(outer_scale(np.float32(amax), scheme, dtype, self._numerics))
+    def outer(self, amax: list[float], scheme: Scheme, dtype: str) -> list[np.float32]:
+        """The scale above the blocks for the amax of each group."""
+        tops = np.array(amax, np.float32)
+        return list(outer_scale(tops, scheme, _numpy(dtype), self._numerics))
 
     def quantize(
         self,
@@ -134,29 +181,56 @@ class Worker:
         shard: ShardWriter,
     ) -> None:
         """Read, quantize and write rows; small outputs when their weight begins."""
+        boxes = [_Outbox(shard), _Outbox(shard), _Outbox(shard)]
         for slab in slabs(segments):
-            x, free = self._read(slab)
-            above = None
-            if outer:
-                counts = [slab.rows] if len(slab.members) == 1 else [
-                    m.source.shape[0] for m in slab.members
-                ]  # fmt: skip
-                above = np.repeat([outer[m.source.name] for m in slab.members], counts)
-            head = slab.members[0]
-            with _telling(slab):
-                q = cpu.quantize(
-                    x, scheme, head.layout.packing, numerics=self._numerics, outer=above,
-                    out=self._buffers(x, scheme, head, free),
-                )  # fmt: skip
-            arrays = fmt.pack(q, scheme)
-            for entry, start in zip(head.layout.entries, head.starts, strict=True):
-                if entry.rows:
-                    data = arrays[entry.role].view(np.uint8)  # ml_dtypes have no buffers
-                    shard.put(start + entry.offset(slab.first), data)
-            if slab.first == 0:
-                for member in slab.members:
+            x = self._read(slab)
+            done = 0
+            for run in stacks(slab.segments):
+                numel = sum([s.numel for s in run])
+                self._quantize_run(run, x[done : done + numel], scheme, outer, boxes)
+                done += numel
+            for member, first, _ in slab.segments:
+                if first == 0:
                     _put_small(member, outer.get(member.source.name), shard)
-            self._progress(x.nbytes, head.source.name)
+            self._progress(x.nbytes, slab.segments[0].member.source.name)
+        for box in boxes:
+            box.flush()
+
+    def _quantize_run(
+        self,
+        run: list[Segment],
+        x: Array,
+        scheme: Scheme,
+        outer: dict[str, np.float32],
+        boxes: list[_Outbox],
+    ) -> None:
+        head = run[0].member
+        width = _width(run)
+        x = x.reshape(-1, width)
+        above = None
+        if outer:
+            counts = [s.numel // width for s in run]
+            above = np.repeat([outer[s.member.source.name] for s in run], counts)
+        packing = head.layout.packing
+        entries = [(e, s) for e, s in zip(head.layout.entries, head.starts, strict=True) if e.rows]
+        views = []
+        for (shape, dtype), (e, start), box in zip(
+            cpu.shapes(len(x), width, x.dtype, scheme, packing), entries, boxes, strict=False
+        ):
+            if e.role == "zero_point":  # packed by the format, after the kernel
+                views.append(np.empty(shape, dtype))
+                continue
+            at = start + run[0].first // e.rows * e.nbytes
+            size = shape[0] * shape[1] * dtype.itemsize
+            views.append(box.reserve(at, size).view(dtype).reshape(shape))
+        with _telling(run, width):
+            q = cpu.quantize(
+                x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(*views)
+            )
+        if q.zero_point is not None:
+            (e, start), box = entries[2], boxes[2]
+            data = fmt.pack_zero_point(q.zero_point, scheme.bits).view(np.uint8).reshape(-1)
+            box.reserve(start + run[0].first // e.rows * e.nbytes, len(data))[:] = data
 
     def copy(
         self, file: str, start: int, offset: int, nbytes: int, name: str, shard: ShardWriter
@@ -172,28 +246,42 @@ class Worker:
         if self._stop.is_set():
             raise Stopped
 
-    def _read(self, slab: Slab) -> tuple[Array, int]:
-        """The slab's rows and the offset of the free rest of the arena."""
+    def _read(self, slab: Slab) -> Array:
         self._heed()
-        source = slab.members[0].source
-        dtype = DTYPES[source.dtype].numpy
-        assert dtype is not None
-        row_bytes = source.shape[1] * dtype.itemsize
-        nbytes = slab.rows * row_bytes
-        part = self._arena[:nbytes]
-        self._source.pread(source.file, source.start + slab.first * row_bytes, part.data)
-        return part.view(dtype).reshape(slab.rows, source.shape[1]), nbytes
+        part = self._arena[: slab.numel * slab.dtype.itemsize]
+        self._source.pread(slab.file, slab.start, part.data)
+        return part.view(slab.dtype)
 
-    def _buffers(self, x: Array, scheme: Scheme, member: Member, at: int) -> Quantized:
-        """Where the kernel writes: views into the arena behind the input."""
-        like = cpu.shapes(x.shape[0], x.shape[1], x.dtype, scheme, member.layout.packing)
-        views = []
-        for shape, dtype in like:
-            at = -(-at // 64) * 64
-            nbytes = shape[0] * shape[1] * dtype.itemsize
-            views.append(self._arena[at : at + nbytes].view(dtype).reshape(shape))
-            at += nbytes
-        return Quantized(*views)
+
+class _Outbox:
+    """Gathers neighbouring bytes of one output file until they are worth a write."""
+
+    def __init__(self, shard: ShardWriter) -> None:
+        self._shard = shard
+        self._buffer = np.empty(0, np.uint8)
+        self._start = self._filled = 0
+
+    def reserve(self, offset: int, size: int) -> Array:
+        """Room for ``size`` bytes that belong at ``offset``; the caller fills it before the next."""
+        if offset != self._start + self._filled or self._filled + size > len(self._buffer):
+            self.flush()
+            self._start = offset
+            if size > len(self._buffer):
+                self._buffer = np.empty(max(size, OUTBOX), np.uint8)
+        view = self._buffer[self._filled : self._filled + size]
+        self._filled += size
+        return view
+
+    def flush(self) -> None:
+        """Write what is there."""
+        if self._filled:
+            self._shard.put(self._start, self._buffer[: self._filled])
+        self._start += self._filled
+        self._filled = 0
+
+
+#: Bytes an outbox starts with.
+OUTBOX = 1 << 18
 
 
 def _put_small(member: Member, outer: np.float32 | None, shard: ShardWriter) -> None:
@@ -207,28 +295,31 @@ def _put_small(member: Member, outer: np.float32 | None, shard: ShardWriter) -> 
 
 
 class _telling:
-    """Gives a NonFiniteError the name of the tensor and the row in it."""
+    """Gives a NonFiniteError the name of the tensor and the place in it."""
 
-    def __init__(self, slab: Slab) -> None:
-        self._slab = slab
+    def __init__(self, run: list[Segment], width: int) -> None:
+        self._run = run
+        self._width = width
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, NonFiniteError):
             return
-        row = self._slab.first + error.row
-        for member in self._slab.members:
-            if row < member.source.shape[0] or member is self._slab.members[-1]:
+        at = error.row * self._width + error.col
+        for segment in self._run:
+            if at < segment.numel:
                 break
-            row -= member.source.shape[0]
-        where = f"row {row}, column {error.col}"
+            at -= segment.numel
+        t = segment.member.source
+        row, col = divmod(at, segment.member.layout.cols)
+        place = f"row {segment.first + row}, column {col}"
         if error.what == "scale":
             raise StreamqError(
-                f"tensor {member.source.name!r}: the scale at block {where} is not finite in its "
-                "dtype; leave this tensor unquantized with --ignore."
+                f"tensor {t.name!r}: the scale of group {col} in row {segment.first + row} is not "
+                "finite in its dtype; leave this tensor unquantized with --ignore."
             ) from None
         raise StreamqError(
-            f"tensor {member.source.name!r} in {member.source.file}: {where} is NaN or Inf; "
+            f"tensor {t.name!r} in {t.file}: {place} is NaN or Inf; "
             "the checkpoint is damaged, or leave this tensor unquantized with --ignore."
         ) from None

@@ -7,7 +7,7 @@ Names and packings are those of compressed-tensors 0.19; the config uses only ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -17,7 +17,7 @@ from streamq.errors import CheckpointError
 from streamq.schemes import ALL, SCHEMES, Activation, Packing, Quantized, Scheme
 from streamq.tensors import DTYPES
 
-from .layout import Entry, Layout
+from .layout import Entry, Layout, make_layout
 
 NAME = "compressed-tensors"
 VERSION = "0.17.0"
@@ -41,44 +41,50 @@ def _is_plain_int8(scheme: Scheme) -> bool:
     return scheme.bits == 8 and scheme.block[1] == ALL and scheme.activation is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout(rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0) -> Layout:
     """The tensors that a ``[rows, cols]`` weight of a header dtype becomes.
 
     ``input_scale``: the value of ``input_global_scale`` for schemes with a constant one.
     """
-    scale_dtype = _SCALE_DTYPES.get(scheme.scale, dtype)
-    scale_shape = scheme.scale_shape(rows, cols)
-    block_rows = scheme.block_of(rows, cols)[0]
-    scale = Entry(
-        "weight_scale", "scale", scale_dtype, scale_shape, block_rows,
-        scale_shape[1] * DTYPES[scale_dtype].itemsize,
-    )  # fmt: skip
+    block_rows, block_cols = scheme.block_of(rows, cols)
+    tag = _SCALE_DTYPES.get(scheme.scale, dtype)
+    shape = scheme.scale_shape(rows, cols)
+    stride = shape[1] * DTYPES[tag].itemsize
+    scale = Entry("weight_scale", "scale", tag, shape, shape[0] * stride, block_rows, stride)
     if scheme.element == "e2m1":
-        packed = Entry("weight_packed", "codes", "U8", (rows, cols // 2), 1, cols // 2)
-        entries = [packed, scale]
+        packing = Packing("nibbles", 4)
+        half = cols // 2
+        codes = Entry("weight_packed", "codes", "U8", (rows, half), rows * half, 1, half)
+        entries = [codes, scale]
         if scheme.two_level:
-            entries.append(Entry("weight_global_scale", "global_scale", "F32", (1,)))
+            entries.append(Entry("weight_global_scale", "global_scale", "F32", (1,), 4))
         if scheme.activation is not None and scheme.activation.local:
             value = np.array([input_scale], "<f4").tobytes()
-            entries.append(Entry("input_global_scale", "constant", "F32", (1,), value=value))
-        return Layout(tuple(entries), Packing("nibbles", 4))
-    if scheme.element == "e4m3" or _is_plain_int8(scheme):
+            entries.append(Entry("input_global_scale", "constant", "F32", (1,), 4, value=value))
+    elif scheme.element == "e4m3" or _is_plain_int8(scheme):
+        packing = Packing("bytes")
         tag = "I8" if scheme.element == "int" else "F8_E4M3"
-        codes = Entry("weight", "codes", tag, (rows, cols), 1, cols)
-        return Layout((codes, scale), Packing("bytes"))
-    packing = Packing("words", scheme.bits)
-    row_bytes = packing.row_bytes(cols)
-    entries = [Entry("weight_packed", "codes", "I32", (rows, row_bytes // 4), 1, row_bytes), scale]
-    if not scheme.symmetric:
-        # Packed along the rows: 32 / gcd(bits, 32) of them fill whole words.
-        step = 32 // gcd(scheme.bits, 32)
-        shape = (-(-rows * scheme.bits // 32), scale_shape[1])
-        nbytes = step * scheme.bits // 8 * scale_shape[1]
-        entries.append(Entry("weight_zero_point", "zero_point", "I32", shape, step, nbytes))
-    shape_value = np.array([rows, cols], "<i8").tobytes()
-    entries.append(Entry("weight_shape", "constant", "I64", (2,), value=shape_value))
-    return Layout(tuple(entries), packing)
+        entries = [Entry("weight", "codes", tag, (rows, cols), rows * cols, 1, cols), scale]
+    else:
+        packing = Packing("words", scheme.bits)
+        width = packing.row_bytes(cols)
+        words = (rows, width // 4)
+        entries = [Entry("weight_packed", "codes", "I32", words, rows * width, 1, width), scale]
+        if not scheme.symmetric:
+            entries.append(_zero_point_entry(rows, shape[1], scheme.bits))
+        value = np.array([rows, cols], "<i8").tobytes()
+        entries.append(Entry("weight_shape", "constant", "I64", (2,), 16, value=value))
+    return make_layout(rows, cols, dtype, entries, packing, (block_rows, block_cols))
+
+
+def _zero_point_entry(rows: int, groups: int, bits: int) -> Entry:
+    """Packed along the rows: 32 / gcd(bits, 32) of them fill whole words."""
+    step = 32 // gcd(bits, 32)
+    words = -(-rows * bits // 32)
+    nbytes = step * bits // 8 * groups
+    return Entry("weight_zero_point", "zero_point", "I32", (words, groups), words * groups * 4,
+                 step, nbytes)  # fmt: skip
 
 
 def pack(q: Quantized, scheme: Scheme) -> dict[str, Array]:
@@ -89,7 +95,7 @@ def pack(q: Quantized, scheme: Scheme) -> dict[str, Array]:
     """
     arrays = {"codes": q.codes, "scale": q.scale}
     if q.zero_point is not None:
-        arrays["zero_point"] = _pack_along_rows(q.zero_point, scheme.bits)
+        arrays["zero_point"] = pack_zero_point(q.zero_point, scheme.bits)
     return arrays
 
 
@@ -112,7 +118,7 @@ def unpack(arrays: Mapping[str, Array], scheme: Scheme, cols: int) -> Quantized:
     return Quantized(codes, arrays["scale"], zero_point, arrays.get("global_scale"))
 
 
-def _pack_along_rows(zero_point: Array, bits: int) -> Array:
+def pack_zero_point(zero_point: Array, bits: int) -> Array:
     """int8 ``[rows, groups]`` to int32 ``[ceil(rows * bits / 32), groups]``, offset binary."""
     rows, groups = zero_point.shape
     value = (zero_point.T.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)

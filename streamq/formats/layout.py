@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import lcm, prod
+from math import lcm
 from typing import Literal, NamedTuple
 
 from streamq.schemes import Packing
@@ -12,7 +12,7 @@ Role = Literal["codes", "scale", "zero_point", "global_scale", "constant"]
 
 
 class Entry(NamedTuple):
-    """One output tensor of a weight.
+    """One output tensor of a weight, of ``size`` bytes.
 
     Every ``rows`` rows of the weight become ``nbytes`` bytes of it, in order, so that a
     slab of rows lands in one piece; ``rows`` is 0 for what is not made of rows. A
@@ -23,27 +23,44 @@ class Entry(NamedTuple):
     role: Role
     dtype: str
     shape: tuple[int, ...]
+    size: int
     rows: int = 0
     nbytes: int = 0
     value: bytes = b""
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole tensor."""
-        return prod(self.shape) * DTYPES[self.dtype].bits // 8
-
-    def offset(self, row: int) -> int:
-        """Byte offset of what the weight's row ``row`` becomes; a multiple of ``rows``."""
-        return row // self.rows * self.nbytes
-
 
 class Layout(NamedTuple):
-    """All output tensors of a ``[rows, cols]`` weight under one scheme."""
+    """All output tensors of a ``[rows, cols]`` weight of one dtype under one scheme.
 
+    ``row_step``: a slab starts at a multiple of this many rows. ``flat``: rows mean
+    nothing to the outputs, which are those of the weight seen as one long row; so any
+    weights that lie one behind the other are quantized as one matrix.
+    """
+
+    rows: int
+    cols: int
+    bytes_in: int
+    bytes_out: int
     entries: tuple[Entry, ...]
     packing: Packing
+    row_step: int
+    flat: bool
 
-    @property
-    def row_step(self) -> int:
-        """A slab starts at a multiple of this many rows."""
-        return lcm(*(e.rows for e in self.entries if e.rows))
+
+def make_layout(
+    rows: int, cols: int, dtype: str, entries: list[Entry], packing: Packing, block: tuple[int, int]
+) -> Layout:
+    """A Layout with what follows from its entries and the (resolved) block of the scheme."""
+    block_rows, block_cols = block
+    made_of_rows = [e for e in entries if e.rows]
+    flat = (
+        block_rows == 1
+        and cols % block_cols == 0
+        and block_cols != cols
+        and all(e.rows == 1 for e in made_of_rows)
+        and (packing.kind != "words" or cols * packing.bits % 32 == 0)
+    )
+    step = lcm(*(e.rows for e in made_of_rows))
+    bytes_in = rows * cols * DTYPES[dtype].itemsize
+    bytes_out = sum(e.size for e in entries)
+    return Layout(rows, cols, bytes_in, bytes_out, tuple(entries), packing, step, flat)

@@ -16,10 +16,10 @@ from streamq.formats import compressed_tensors as fmt
 
 from .choose import block_warnings, choose, group, is_linear_like, notes, unused_patterns
 from .place import place, slab_memory
-from .types import MAX_MEMORY, Copy, Member, Options, Plan, ShardPlan, Step, slab_rows
+from .types import MAX_MEMORY, SLAB, Copy, Member, Options, Plan, ShardPlan, Step, slab_rows
 
 __all__ = [
-    "MAX_MEMORY", "Copy", "Member", "Options", "Plan", "ShardPlan", "Step", "make_plan",
+    "MAX_MEMORY", "SLAB", "Copy", "Member", "Options", "Plan", "ShardPlan", "Step", "make_plan",
     "refuse_overlap", "slab_rows",
 ]  # fmt: skip
 
@@ -41,6 +41,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         shards=shards,
         config=config,
         others=source.others,
+        other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=kept,
         warnings=warnings,
         notes=[*source.oddities, *notes(family, options.scheme, options.input_scale)],

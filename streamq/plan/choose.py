@@ -142,7 +142,7 @@ def notes(family: Family, scheme: Scheme, input_scale: float) -> list[str]:
     notes = []
     if not family.known:
         name = family.model_type or "(none in config.json)"
-        notes.append(f"model_type {name}: no rules of its own, the generic ones apply")
+        notes.append(f"model_type {name}: not known here, the generic rules apply")
     if scheme.activation is not None and scheme.activation.local:
         notes.append(
             f"{scheme.name} writes the constant input_global_scale {input_scale:g}: activations "

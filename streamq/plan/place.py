@@ -1,9 +1,9 @@
 """Where every byte goes: shards, their order inside, their headers.
 
 Inside a shard the tensors with the widest elements come first, so that each is aligned
-to its element without gaps (the format allows none, and torch views need it), and the
-others follow in source order. What a run of neighbouring weights becomes is therefore
-one run of bytes per kind of output.
+to its element without gaps (the format allows none, and torch views need it); among
+those of one width all codes, then all scales, each in source order. What a run of
+neighbouring weights becomes is therefore one run of bytes per kind of output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from streamq.writer import build_header
 from .choose import Weight
 from .types import Copy, Member, Options, ShardPlan, Step, slab_rows
 
-_WIDTHS = (8, 4, 2, 1)
+_WIDTH_OF = {tag: dtype.itemsize for tag, dtype in DTYPES.items()}
+_Placed = tuple[str, str, tuple[int, ...], int, list[int], int]
 
 
 class _Item(NamedTuple):
@@ -34,7 +35,7 @@ class _Item(NamedTuple):
     def bytes_out(self) -> int:
         if not self.layouts:
             return self.tensors[0].nbytes
-        return sum(e.size for layout in self.layouts for e in layout.entries)
+        return sum([layout.bytes_out for layout in self.layouts])
 
 
 def place(
@@ -84,52 +85,44 @@ def _split(items: list[_Item], shard_size: int | None) -> list[list[_Item]]:
 
 
 def _lay_out(name: str, items: list[_Item], scheme: Scheme) -> ShardPlan:
-    """Offsets of one shard, relative first, then moved behind its header."""
-    # Entries by the width of their elements, as (name, dtype, shape, bytes, item, slot).
-    widths: dict[int, list[tuple[str, str, tuple[int, ...], int, int, int]]] = {
-        w: [] for w in _WIDTHS
-    }
-    for i, item in enumerate(items):
-        slot = 0
-        for t, layout in zip(item.tensors, item.layouts, strict=False):
-            module = t.name.removesuffix("weight")
-            for e in layout.entries:
-                width = DTYPES[e.dtype].itemsize
-                widths[width].append((module + e.suffix, e.dtype, e.shape, e.size, i, slot))
-                slot += 1
-        if not item.layouts:
-            (t,) = item.tensors
-            width = DTYPES[t.dtype].itemsize
-            widths[width].append((t.name, t.dtype, t.shape, t.nbytes, i, 0))
-    starts: list[list[int]] = [[0] * _slots(item) for item in items]
+    """Offsets of one shard: first behind its first data byte, then behind its header."""
+    # What goes where, by the width of its elements and its slot in the layout: (tensor,
+    # dtype, shape, size, list, slot), the last two being where its offset is to be noted.
+    regions: dict[tuple[int, int], list[_Placed]] = {}
+    starts: list[list[list[int]]] = []
+    for _, tensors, layouts in items:
+        if not layouts:
+            (t,) = tensors
+            noted = [[0]]
+            entry = (t.name, t.dtype, t.shape, t.nbytes, noted[0], 0)
+            regions.setdefault((-_WIDTH_OF[t.dtype], 0), []).append(entry)
+        else:
+            noted = [[0] * len(layout.entries) for layout in layouts]
+            for t, layout, offsets in zip(tensors, layouts, noted, strict=True):
+                module = t.name.removesuffix("weight")
+                for slot, e in enumerate(layout.entries):
+                    entry = (module + e.suffix, e.dtype, e.shape, e.size, offsets, slot)
+                    regions.setdefault((-_WIDTH_OF[e.dtype], slot), []).append(entry)
+        starts.append(noted)
     described, at = [], 0
-    for width in _WIDTHS:
-        for tensor, dtype, shape, nbytes, i, slot in widths[width]:
-            starts[i][slot] = at
-            described.append((tensor, dtype, shape, at, at + nbytes))
-            at += nbytes
+    for _, region in sorted(regions.items()):
+        for tensor, dtype, shape, size, offsets, slot in region:
+            offsets[slot] = at
+            described.append((tensor, dtype, shape, at, at + size))
+            at += size
     header = build_header(described)
     base = len(header)
-    shard = ShardPlan(name, header=header, size=base + at)
-    shard.tensors = [
-        TensorInfo(tensor, dtype, shape, name, base + start)
-        for tensor, dtype, shape, start, _ in described
-    ]
-    for item, offsets in zip(items, starts, strict=True):
-        if not item.layouts:
-            shard.copies.append(Copy(item.tensors[0], base + offsets[0]))
+    shard = ShardPlan(name, names=[d[0] for d in described], header=header, size=base + at)
+    for (_, tensors, layouts), noted in zip(items, starts, strict=True):
+        if not layouts:
+            shard.copies.append(Copy(tensors[0], base + noted[0][0]))
             continue
-        members, slot = [], 0
-        for t, layout in zip(item.tensors, item.layouts, strict=True):
-            n = len(layout.entries)
-            members.append(Member(t, layout, tuple(base + o for o in offsets[slot : slot + n])))
-            slot += n
+        members = [
+            Member(t, layout, tuple([base + o for o in offsets]))
+            for t, layout, offsets in zip(tensors, layouts, noted, strict=True)
+        ]
         shard.steps.append(Step(scheme, tuple(members)))
     return shard
-
-
-def _slots(item: _Item) -> int:
-    return sum(len(layout.entries) for layout in item.layouts) or 1
 
 
 def slab_memory(shards: list[ShardPlan]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Step(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Source bytes."""
-        return sum(m.source.nbytes for m in self.members)
+        return sum([m.layout.bytes_in for m in self.members])
 
 
 class Copy(NamedTuple):
@@ -64,7 +65,7 @@ class ShardPlan:
     name: str
     steps: list[Step] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
-    tensors: list[TensorInfo] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of all tensors, in the order of their data
     header: bytes = b""
     size: int = 0
 
@@ -77,6 +78,7 @@ class Plan:
     shards: list[ShardPlan]
     config: dict[str, Any]
     others: list[str]
+    other_bytes: int
     unquantized: list[tuple[TensorInfo, str]]
     warnings: list[str]
     notes: list[str]
@@ -90,15 +92,27 @@ class Plan:
         return sum(s.size for s in self.shards)
 
     @property
-    def index(self) -> dict[str, Any]:
-        """``model.safetensors.index.json``; total_size counts tensor bytes, as the Hub's do."""
+    def disk_needed(self) -> int:
+        """Bytes on disk: shards, and the other files with the index (a rounded-up guess)."""
+        return self.bytes_out + self.other_bytes + 200 * sum(len(s.names) for s in self.shards)
+
+    @property
+    def index(self) -> str:
+        """Text of ``model.safetensors.index.json``; total_size counts tensor bytes.
+
+        Put together by hand: json's encoder is in C only without indentation, and takes
+        1.1 s for 200,000 names with it, against 0.15 s.
+        """
         total = sum(s.size - len(s.header) for s in self.shards)
-        weight_map = {t.name: s.name for s in self.shards for t in s.tensors}
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        where = sorted((name, s.name) for s in self.shards for name in s.names)
+        quote = json.encoder.encode_basestring
+        lines = ",\n".join([f'    {quote(name)}: "{file}"' for name, file in where])
+        head = f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n'
+        return head + f'  "weight_map": {{\n{lines}\n  }}\n}}\n'
 
     def peak_memory(self, workers: int) -> int:
         """Estimate of the peak resident size of the process, in bytes."""
-        tensors = sum(len(s.tensors) for s in self.shards)
+        tensors = sum(len(s.names) for s in self.shards)
         return BASE_MEMORY + workers * self.slab_memory + 1000 * tensors
 
     def workers_within(self, wanted: int, max_memory: int) -> int:

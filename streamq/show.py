@@ -1,0 +1,299 @@
+"""What people read in a terminal, and the same as JSON."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from streamq.checkpoint import Checkpoint
+from streamq.families import Family, collapse
+from streamq.formats import compressed_tensors as fmt
+from streamq.plan import Plan
+from streamq.schemes import block_text
+from streamq.tensors import DTYPES, TensorInfo, size_text
+
+#: Seconds between two lines of progress where the output is not a terminal.
+QUIET_INTERVAL = 10.0
+
+
+def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
+    """A plan for programs: every tensor with what it becomes, sizes in bytes."""
+    scheme = plan.options.scheme
+    quantized = [
+        {
+            "name": m.source.name, "dtype": m.source.dtype, "shape": list(m.source.shape),
+            "scheme": scheme.name, "file": shard.name, "bytes_in": m.source.nbytes,
+            "bytes_out": m.layout.bytes_out,
+        }
+        for shard in plan.shards for step in shard.steps for m in step.members
+    ]  # fmt: skip
+    kept = [
+        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes_in": t.nbytes,
+         "scheme": None, "reason": why, "bytes_out": t.nbytes}
+        for t, why in plan.unquantized
+    ]  # fmt: skip
+    return {
+        "scheme": scheme.name,
+        "format": fmt.NAME,
+        "numerics": plan.options.numerics,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "peak_memory": plan.peak_memory(workers),
+        "disk_needed": plan.disk_needed,
+        "disk_free": free,
+        "workers": workers,
+        "shards": [
+            {"name": s.name, "bytes": s.size, "tensors": len(s.names)} for s in plan.shards
+        ],
+        "tensors": quantized + kept,
+        "warnings": plan.warnings,
+        "notes": plan.notes,
+    }
+
+
+def show_plan(plan: Plan, workers: int, free: int | None) -> None:
+    """The plan as tables: what is quantized, what is not and why, what it needs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"{plan.options.scheme.name}: {scheme_text(plan)}", soft_wrap=True, markup=False)
+    table = _table("tensors", "shape", "dtype", "count", "in", "out")
+    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for shard in plan.shards:
+        for step in shard.steps:
+            for m in step.members:
+                key = (collapse(m.source.name), m.source.shape, m.source.dtype)
+                row = rows.setdefault(key, [0, 0, 0])
+                row[0] += 1
+                row[1] += m.source.nbytes
+                row[2] += m.layout.bytes_out
+    _add_rows(table, rows)
+    console.print(table)
+    table = _table("left as they are", "shape", "dtype", "count", "size", "why")
+    kept: dict[tuple[str, tuple[int, ...], str, str], list[int]] = {}
+    for t, why in plan.unquantized:
+        row = kept.setdefault((collapse(t.name), t.shape, t.dtype, why), [0, 0])
+        row[0] += 1
+        row[1] += t.nbytes
+    for (name, shape, dtype, why), (count, size) in kept.items():
+        table.add_row(name, _shape(shape), dtype, str(count), size_text(size), why)
+    if kept:
+        console.print(table)
+    for line in plan_lines(plan, workers, free):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _table(*columns: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        number = column in ("count", "in", "out", "size")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _add_rows(table: Any, rows: dict[tuple[str, tuple[int, ...], str], list[int]]) -> None:
+    for (name, shape, dtype), (count, size, out) in rows.items():
+        table.add_row(name, _shape(shape), dtype, str(count), size_text(size), size_text(out))
+
+
+def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
+    """The plan in a few lines, before the work."""
+    quantized = sum(len(step.members) for s in plan.shards for step in s.steps)
+    ratio = plan.bytes_in / plan.bytes_out
+    yield (
+        f"{quantized} weights to {plan.options.scheme.name}, {len(plan.unquantized)} tensors as "
+        f"they are: {size_text(plan.bytes_in)} in {_files(plan.input_files)} -> "
+        f"{size_text(plan.bytes_out)} in {_files(len(plan.shards))} ({ratio:.2f}x smaller)"
+    )
+    disk = "" if free is None else f", disk {size_text(plan.disk_needed)} of {size_text(free)} free"
+    yield f"{workers} workers, peak memory about {size_text(plan.peak_memory(workers))}{disk}"
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
+    for note in plan.notes:
+        yield f"note: {note}"
+
+
+def scheme_text(plan: Plan) -> str:
+    """What the preset means, in words."""
+    s = plan.options.scheme
+    element = {"int": f"int{s.bits}", "e4m3": "FP8 e4m3", "e2m1": "FP4 e2m1"}[s.element]
+    scale = {"weight": "the weight's dtype", "f32": "f32", "e4m3": "FP8 e4m3", "e8m0": "E8M0"}
+    symmetry = "" if s.symmetric else ", zero points"
+    level = ", an f32 scale above" if s.two_level else ""
+    inputs = (
+        "unquantized" if s.activation is None else f"{s.activation.bits}-bit {s.activation.element}"
+    )
+    return (
+        f"{element} in blocks of {block_text(s.block)}, scales in {scale[s.scale]}{level}{symmetry}; "
+        f"activations {inputs}; format {fmt.NAME} ({fmt.format_name(s)})"
+    )
+
+
+def _files(n: int) -> str:
+    return f"{n} file" if n == 1 else f"{n} files"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+# --- inspect ----------------------------------------------------------------------------
+
+
+def inspect_json(c: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, for programs."""
+    tensors = c.tensors.values()
+    quantization = c.config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    return {
+        "path": str(c.root),
+        "model_type": c.config.get("model_type"),
+        "files": [{"name": f, "bytes": (c.root / f).stat().st_size} for f in c.files],
+        "tensors": len(c.tensors),
+        "parameters": sum(t.numel for t in tensors),
+        "bytes": c.nbytes,
+        "dtypes": {
+            tag: {"tensors": n, "bytes": sum(t.nbytes for t in tensors if t.dtype == tag)}
+            for tag, n in Counter(t.dtype for t in tensors).most_common()
+        },
+        "quantization": {
+            "quant_method": quantization.get("quant_method"), "format": quantization.get("format"),
+        } if quantization else None,
+        "fused_groups": _groups(c),
+        "other_files": c.others,
+        "oddities": c.oddities,
+    }  # fmt: skip
+
+
+def _groups(c: Checkpoint) -> list[dict[str, Any]]:
+    """Fused groups, collapsed over layers: how many, and how many straddle shards."""
+    family = Family(c.config)
+    found: dict[tuple[str, str], list[TensorInfo]] = {}
+    kinds: dict[tuple[str, str], str] = {}
+    for t in c.tensors.values():
+        if not t.name.endswith(".weight") or len(t.shape) != 2:
+            continue
+        if group := family.group_of(t.name.removesuffix(".weight")):
+            key = (group[0], group[1].members[0])
+            found.setdefault(key, []).append(t)
+            kinds[key] = group[1].name
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for key, members in found.items():
+        if len(members) > 1:
+            names = ", ".join(
+                sorted(t.name.removesuffix(".weight").rpartition(".")[2] for t in members)
+            )
+            row = rows.setdefault((collapse(key[0]), kinds[key], names), [0, 0])
+            row[0] += 1
+            row[1] += len({t.file for t in members}) > 1
+    return [
+        {"parent": parent, "fused_as": kind, "members": names, "count": n, "across_shards": apart}
+        for (parent, kind, names), (n, apart) in rows.items()
+    ]
+
+
+def show_inspect(c: Checkpoint) -> None:
+    """The same as tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    info = inspect_json(c)
+    kind = info["model_type"] or "model_type unknown"
+    q = info["quantization"]
+    state = f"quantized: {q['quant_method']} {q['format'] or ''}" if q else "not quantized"
+    console.print(
+        f"{info['path']}: {kind}, {info['tensors']} tensors, "
+        f"{info['parameters'] / 1e9:.3g} B parameters, {size_text(info['bytes'])} in "
+        f"{_files(len(c.files))}, {state}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+    table = _table("tensors", "shape", "dtype", "count", "size")
+    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for t in c.tensors.values():
+        row = rows.setdefault((collapse(t.name), t.shape, t.dtype), [0, 0])
+        row[0] += 1
+        row[1] += t.nbytes
+    for (name, shape, dtype), (count, size) in rows.items():
+        table.add_row(name, _shape(shape), dtype, str(count), size_text(size))
+    console.print(table)
+    for tag, entry in info["dtypes"].items():
+        bits = DTYPES[tag].bits
+        console.print(
+            f"{tag} ({bits} bits): {entry['tensors']} tensors, {size_text(entry['bytes'])}"
+        )
+    for g in info["fused_groups"]:
+        apart = f", {g['across_shards']} across shards" if g["across_shards"] else ""
+        console.print(
+            f"fused as {g['fused_as']}: {g['parent']}.{{{g['members']}}} x {g['count']}{apart}",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+    for oddity in c.oddities:
+        console.print(f"odd: {oddity}", soft_wrap=True, markup=False)
+
+
+# --- progress ---------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(total: int, verb: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
+    """A callback for bytes done; a bar in a terminal, a line now and then elsewhere."""
+    if quiet:
+        yield lambda n, name: None
+    elif sys.stderr.isatty():
+        with _bar(total, verb) as advance:
+            yield advance
+    else:
+        yield _lines(total, verb)
+
+
+@contextmanager
+def _bar(total: int, verb: str) -> Iterator[Callable[[int, str], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )  # fmt: skip
+
+    with Progress(
+        TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", markup=False),
+        console=Console(stderr=True), transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(verb, total=total, tensor="")
+        yield lambda n, name: bar.update(task, advance=n, tensor=name)
+
+
+def _lines(total: int, verb: str) -> Callable[[int, str], None]:
+    began = last = time.monotonic()
+    done = 0
+    lock = threading.Lock()
+
+    def advance(n: int, name: str) -> None:
+        nonlocal done, last
+        with lock:
+            done += n
+            now = time.monotonic()
+            if now - last < QUIET_INTERVAL:
+                return
+            last = now
+        rate = done / (now - began)
+        left = (total - done) / rate if rate else 0
+        print(
+            f"{verb} {size_text(done)} of {size_text(total)}, {size_text(rate)}/s, "
+            f"{left:.0f} s left, {name}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    return advance
