@@ -41,7 +41,8 @@ def supports(scheme: Scheme) -> bool:
 def amax(x: Array) -> Array:
     """Largest magnitude of each row of ``x [rows, cols]``, f32 ``[rows]``."""
     refuse_non_finite("weight", x)
-    return np.abs(x.astype(F32)).max(axis=1, initial=0)
+    top: Array = np.abs(x.astype(F32)).max(axis=1, initial=0)
+    return top
 
 
 def outer_scale(amax: Array, scheme: Scheme, dtype: np.dtype[Any], numerics: Numerics) -> Array:
@@ -129,7 +130,8 @@ def dequantize(q: Quantized, scheme: Scheme) -> Array:
     if q.zero_point is not None:
         w = w - spread(q.zero_point.astype(F32), scheme, w.shape)
     with np.errstate(over="ignore"):
-        return w * spread(scale, scheme, w.shape)
+        values: Array = w * spread(scale, scheme, w.shape)
+    return values
 
 
 def e2m1_codes(q: Array) -> Array:
@@ -142,7 +144,8 @@ def e2m1_codes(q: Array) -> Array:
     # At a tie the even index wins: going up from an odd index means `>=`, from an even one `>`.
     code = sum((a >= m) if i % 2 else (a > m) for i, m in enumerate(middle))
     sign = (np.signbit(q) & (q != 0)).astype(np.uint8) << 3
-    return np.asarray(code, np.uint8) | sign
+    signed: Array = np.asarray(code, np.uint8) | sign
+    return signed
 
 
 def pack(codes: Array, packing: Packing) -> Array:

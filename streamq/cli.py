@@ -48,12 +48,14 @@ def _tell(text: str, error: BaseException) -> None:
         click.echo(line, err=True)
 
 
-class Size(click.ParamType):
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+class Size(click.ParamType[int]):
     """Bytes with a unit: 512MiB, 5GB, 1.5GiB."""
 
     name = "size"
-    _units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-              "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """Parse, or fail as a usage error."""
@@ -62,7 +64,7 @@ class Size(click.ParamType):
         text = value.strip().lower().removesuffix("b")
         number = text.rstrip("kmgti")
         try:
-            size = float(number) * self._units[text[len(number) :]]
+            size = float(number) * _UNITS[text[len(number) :]]
         except (KeyError, ValueError):
             self.fail(f"{value!r} is not a size like 512MiB or 5GB", param, ctx)
         if not 1 <= size < 2**63:
@@ -84,8 +86,8 @@ def _scheme_options(command: Callable[..., None]) -> Callable[..., None]:
     """What decides the bytes of the output: the same options for plan and convert."""
     for option in reversed([
         click.option("--scheme", "-s", required=True, metavar="NAME",
-                     help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, mxfp8, "
-                          "w4a16, w4a16_asym, w8a8, ..."),
+                     help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
+                          "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
         click.option("--group-size", type=int, metavar="N",
                      help="Columns that share a scale, for integer group schemes (default 128)."),
         click.option("--ignore", multiple=True, metavar="PATTERN",
@@ -203,8 +205,9 @@ def convert(src: str, dst: str, **o: Any) -> None:
             "workers": summary.workers, "backend": summary.backend,
         }))  # fmt: skip
     say(
-        f"{dst}: {size_text(summary.bytes_out)}, {summary.bytes_in / summary.bytes_out:.2f}x smaller, "
-        f"in {summary.seconds:.2f} s ({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
+        f"{dst}: {size_text(summary.bytes_out)}, "
+        f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
+        f"({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
         f"{summary.workers} workers, {summary.backend}"
     )
 

@@ -154,8 +154,8 @@ LEFT_ALONE = (
 #: Model types for which the generic rules are known to be all that is needed.
 GENERIC = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
-    "gemma3_text", "phi", "phi3", "deepseek_v2", "granite", "olmo2", "olmoe", "starcoder2", "cohere",
-    "falcon", "gpt_neox", "glm4", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
+    "gemma3_text", "phi", "phi3", "deepseek_v2", "granite", "olmo2", "olmoe", "starcoder2",
+    "cohere", "falcon", "gpt_neox", "glm4", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
 )  # fmt: skip
 
 

@@ -47,9 +47,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
         "disk_needed": plan.disk_needed,
         "disk_free": free,
         "workers": workers,
-        "shards": [
-            {"name": s.name, "bytes": s.size, "tensors": len(s.names)} for s in plan.shards
-        ],
+        "shards": [{"name": s.name, "bytes": s.size, "tensors": len(s.names)} for s in plan.shards],
         "tensors": quantized + kept,
         "warnings": plan.warnings,
         "notes": plan.notes,
@@ -132,8 +130,9 @@ def scheme_text(plan: Plan) -> str:
         "unquantized" if s.activation is None else f"{s.activation.bits}-bit {s.activation.element}"
     )
     return (
-        f"{element} in blocks of {block_text(s.block)}, scales in {scale[s.scale]}{level}{symmetry}; "
-        f"activations {inputs}; format {fmt.NAME} ({fmt.format_name(s)})"
+        f"{element} in blocks of {block_text(s.block)}, "
+        f"scales in {scale[s.scale]}{level}{symmetry}; activations {inputs}; "
+        f"format {fmt.NAME} ({fmt.format_name(s)})"
     )
 
 

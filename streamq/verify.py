@@ -170,7 +170,8 @@ def _module(
     if wanted != have:
         odd = next(s for s in sorted(wanted.keys() | have.keys()) if wanted.get(s) != have.get(s))
         raise CheckpointError(
-            f"{name + '.' + odd!r} is {_text(have.get(odd))}, {scheme.name} has {_text(wanted.get(odd))}"
+            f"{name + '.' + odd!r} is {_text(have.get(odd))}, "
+            f"{scheme.name} has {_text(wanted.get(odd))}"
         )
     if scheme.scale == "weight" and scale_dtype not in FLOATS:
         raise CheckpointError(f"{name + '.weight_scale'!r} is {scale_dtype}, not a float")
@@ -201,16 +202,16 @@ def _check_scales(
             )
         for suffix in ("weight_global_scale", "input_global_scale"):
             if suffix in m.tensors:
-                value = float(_read(checkpoint, m.tensors[suffix])[0])
-                if not 0 < value < inf:
-                    report.failures.append(f"{m.name + '.' + suffix!r} is {value}")
+                constant = float(_read(checkpoint, m.tensors[suffix])[0])
+                if not 0 < constant < inf:
+                    report.failures.append(f"{m.name + '.' + suffix!r} is {constant}")
         if scheme.two_level and (found := family.group_of(m.name)):
-            value = float(_read(checkpoint, m.tensors["weight_global_scale"])[0])
+            g = float(_read(checkpoint, m.tensors["weight_global_scale"])[0])
             key = (found[0], found[1].members[0])
-            first = shared.setdefault(key, (m.name, value))
-            if first[1] != value:
+            first = shared.setdefault(key, (m.name, g))
+            if first[1] != g:
                 report.failures.append(
-                    f"{m.name!r} has weight_global_scale {value:g}, {first[0]!r} has {first[1]:g}, "
+                    f"{m.name!r} has weight_global_scale {g:g}, {first[0]!r} has {first[1]:g}, "
                     f"but loaders fuse them ({found[1].name})"
                 )
 
@@ -300,7 +301,7 @@ def _slabs(m: Module, t: TensorInfo) -> Iterator[tuple[int, int]]:
 
 
 def _unpack(out: Checkpoint, m: Module, scheme: Scheme, first: int, rows: int) -> Quantized:
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for e in m.layout.entries:
         t = m.tensors[e.suffix]
         if e.role == "global_scale":

@@ -200,7 +200,7 @@ class Destination:
             self._sync_path(target)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON object, keys in the order given, two spaces of indent as the Hub has them."""
+        """Write a JSON object, keys in the order given, indented as the Hub has them."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
@@ -248,7 +248,7 @@ _NO_COPY_RANGE = {
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Reserve the space now: a full disk is known before any work, and pwrite is faster (10 against 6 GB/s)."""
+    """Reserve the space: a full disk shows before any work, and pwrite runs at 10, not 6 GB/s."""
     if not size:
         return
     try:

@@ -24,7 +24,11 @@ Array = np.ndarray[Any, Any]
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _ROUND = {_BF16: ROUND_BF16, np.dtype(np.float16): ROUND_F16, np.dtype(np.float32): ROUND_F32}
 _EPS = {dtype: np.float32(ml_dtypes.finfo(dtype).eps) for dtype in _ROUND}
-_SCALE = {"f32": np.dtype(np.float32), "e4m3": E4M3, "e8m0": np.dtype(np.uint8)}
+_SCALE: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "e4m3": E4M3,
+    "e8m0": np.dtype(np.uint8),
+}
 
 NAME = "cpu (numba)"
 
@@ -134,10 +138,10 @@ def shapes(
     rows: int, cols: int, dtype: np.dtype[Any], scheme: Scheme, packing: Packing
 ) -> list[Buffer]:
     """Shape and dtype of codes, scale and, where there is one, zero point of a weight."""
-    codes = np.dtype(np.uint8)
+    codes: np.dtype[Any] = np.dtype(np.uint8)
     if packing.kind == "bytes" and scheme.element != "e2m1":
         codes = np.dtype(np.int8) if scheme.element == "int" else E4M3
-    scale = _SCALE.get(scheme.scale, dtype)
+    scale: np.dtype[Any] = _SCALE.get(scheme.scale, dtype)
     blocks = scheme.scale_shape(rows, cols)
     buffers = [((rows, packing.row_bytes(cols)), codes), (blocks, scale)]
     return buffers if scheme.symmetric else [*buffers, (blocks, np.dtype(np.int8))]

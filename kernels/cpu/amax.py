@@ -10,7 +10,7 @@ import numpy as np
 from .bits import JIT, amax_bits, u64, widen
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def row_amax(x: Any, out: Any) -> None:
     """Bits of the f32 amax of each row of ``x [rows, cols]`` into ``out`` uint32 ``[rows]``."""
     for r in range(u64(x.shape[0])):

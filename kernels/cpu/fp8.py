@@ -24,7 +24,7 @@ from .bits import (
 
 
 @register_jitable
-def _codes(part, d, rounding, out):  # type: ignore[no-untyped-def]
+def _codes(part, d, rounding, out):
     if rounding > ROUND_F32:
         for i in range(u64(part.size)):
             out[i] = u8(e4m3_code(round_to(f32(value(part, i) / d), rounding)))
@@ -33,7 +33,7 @@ def _codes(part, d, rounding, out):  # type: ignore[no-untyped-def]
             out[i] = u8(e4m3_code(f32(value(part, i) / d)))
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def fp8_blocks(
     x: Any, br: int, bc: int, stored: int, quotient: int, substitute: Any, codes: Any, scale: Any
 ) -> Any:
@@ -70,7 +70,7 @@ def fp8_blocks(
     return largest
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def fp8_rows(x: Any, scale: Any, quotient: int, codes: Any) -> Any:
     """Codes of ``x [rows, cols]`` under the given ``scale`` f32 ``[rows]``.
 

@@ -13,6 +13,8 @@ from .bits import (
     ROUND_F32,
     amax_bits,
     f32,
+    key,
+    key_value,
     pack_nibbles,
     rint_code,
     round_to,
@@ -21,14 +23,18 @@ from .bits import (
     u64,
     value,
     widen,
+    zero_key,
 )  # fmt: skip
 
 
 @register_jitable
-def _pack_words(codes, bits, out):  # type: ignore[no-untyped-def]
+def _pack_words(codes, bits, out):
     """Least significant bit first; the 32-bit words of the format are little-endian bytes."""
     if bits == u64(8):
-        out[:] = codes
+        for i in range(u64(codes.size)):
+            out[i] = codes[i]
+        for i in range(u64(codes.size), u64(out.size)):
+            out[i] = u8(0)
     elif bits == u64(4) and u64(out.size) * u64(2) == u64(codes.size):
         pack_nibbles(codes, out)
     else:
@@ -47,7 +53,7 @@ def _pack_words(codes, bits, out):  # type: ignore[no-untyped-def]
             o += u64(1)
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def int_symmetric(
     x: Any, group: int, levels: Any, lo: int, hi: int, stored: int, quotient: int, eps: Any,
     packed_bits: int, codes: Any, scale: Any,
@@ -88,7 +94,7 @@ def int_symmetric(
     return largest
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def int_asymmetric(
     x: Any, group: int, lo: int, hi: int, stored: int, step: int, eps: Any, zero_of_lost: int,
     packed_bits: int, codes: Any, scale: Any, zero_point: Any,
@@ -111,10 +117,11 @@ def int_asymmetric(
             part = row[g * width : g * width + width]
             o = out[g * width : g * width + width]
             largest = max(largest, widen(amax_bits(part, u64(0), width)))
-            low, high = f32(0), f32(0)
+            least, most = zero_key(x), zero_key(x)
             for i in range(width):
-                v = value(part, i)
-                low, high = min(low, v), max(high, v)
+                least = min(least, key(part, i))
+                most = max(most, key(part, i))
+            low, high = key_value(least), key_value(most)
             s = round_to(f32(round_to(f32(high - low), step) / f32(hi - lo)), stored)
             z = f32(0)
             if s == f32(0):

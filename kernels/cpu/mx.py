@@ -29,7 +29,7 @@ PLAIN = -1  # no rounding of the scale and the quotient to the weight's dtype
 
 
 @register_jitable
-def _field(bits, rounding):  # type: ignore[no-untyped-def]
+def _field(bits, rounding):
     """Biased exponent of the power of two that an amax counts as: up from 1.75 on."""
     if rounding == ROUND_F16 and bits < u32(0x38800000):
         # compressed-tensors masks the f16 itself, whose subnormals all have exponent 0.
@@ -37,7 +37,7 @@ def _field(bits, rounding):  # type: ignore[no-untyped-def]
     return u32(bits + u32(0x200000)) >> u32(23)
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def mx(x: Any, bits: int, rounding: int, nibbles: bool, codes: Any, scale: Any) -> Any:
     """Quantize ``x [rows, cols]`` to ``bits`` = 4 (e2m1) or 8 (e4m3) in blocks of 32 columns.
 

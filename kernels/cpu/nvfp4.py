@@ -24,7 +24,7 @@ from .bits import (
 )  # fmt: skip
 
 
-@nb.njit(**JIT)  # type: ignore[untyped-decorator]
+@nb.njit(**JIT)
 def nvfp4(x: Any, g: Any, rounding: int, nibbles: bool, codes: Any, scale: Any) -> Any:
     """Quantize ``x [rows, cols]`` in blocks of 16 columns.
 

@@ -1,0 +1,42 @@
+"""Inputs and what every scheme makes of them, for testing a backend bit by bit.
+
+``inputs.safetensors`` holds one matrix per dtype, ``<scheme>.safetensors`` codes, scales
+and zero points, named ``<dtype>.<numerics>.<part>``. ``make golden`` writes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from streamq.kernels.reference import outer_scale
+
+from streamq.schemes import ALL, SCHEMES, Numerics, Scheme
+
+Array = np.ndarray[Any, Any]
+
+FOLDER = Path(__file__).parent
+DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
+NUMERICS: tuple[Numerics, ...] = ("f32", "weight")
+
+#: The presets, and what no preset uses but the kernels do.
+CASES: dict[str, Scheme] = {
+    **SCHEMES,
+    "INT8_CHANNEL_NARROW": Scheme("INT8_CHANNEL_NARROW", "int", 8, (1, ALL), narrow=True),
+    "INT4_GROUP_NARROW": Scheme("INT4_GROUP_NARROW", "int", 4, (1, 64), narrow=True),
+    "INT8_CHANNEL_ASYM": Scheme("INT8_CHANNEL_ASYM", "int", 8, (1, ALL), symmetric=False),
+    "INT3_GROUP_ASYM": Scheme("INT3_GROUP_ASYM", "int", 3, (1, 32), symmetric=False),
+    "INT4_GROUP_F32_SCALE": Scheme("INT4_GROUP_F32_SCALE", "int", 4, (1, 32), "f32"),
+    "FP8_TENSOR": Scheme("FP8_TENSOR", "e4m3", 8, (ALL, ALL)),
+    "FP8_BLOCK_F32_SCALE": Scheme("FP8_BLOCK_F32_SCALE", "e4m3", 8, (128, 128), "f32"),
+}
+
+
+def outer_of(x: Array, scheme: Scheme, numerics: Numerics) -> Array | None:
+    """``outer`` for a matrix taken as one tensor: f32 ``[rows]``, or None."""
+    if not scheme.needs_amax:
+        return None
+    top = np.abs(x.astype(np.float32)).max()
+    return np.full(len(x), outer_scale(top, scheme, x.dtype, numerics), np.float32)

@@ -192,6 +192,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
@@ -204,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _other_files(root: Path) -> list[str]:
-    """Files to copy: all but weights and hidden ones. Links are followed, as the Hub cache has them."""
+    """Files to copy: all but weights and hidden ones; links are followed (the Hub cache)."""
     found = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith("."))

@@ -1,4 +1,4 @@
-"""Carry out a plan: N workers, each with its own buffers, into a directory that appears at the end."""
+"""Carry out a plan: N workers, each with its own buffers; DST appears at the end."""
 
 from __future__ import annotations
 

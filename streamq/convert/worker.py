@@ -262,7 +262,7 @@ class _Outbox:
         self._start = self._filled = 0
 
     def reserve(self, offset: int, size: int) -> Array:
-        """Room for ``size`` bytes that belong at ``offset``; the caller fills it before the next."""
+        """Room for ``size`` bytes that belong at ``offset``, to be filled before the next call."""
         if offset != self._start + self._filled or self._filled + size > len(self._buffer):
             self.flush()
             self._start = offset

@@ -141,7 +141,7 @@ def _unpack_words(words: Array, bits: int, count: int) -> Array:
 
 
 def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """``quantization_config``: one group over all Linear modules but the exact names in ``ignore``."""
+    """``quantization_config``: one group, all Linear modules but the names in ``ignore``."""
     br, bc = scheme.block
     strategy = "tensor_group" if scheme.two_level else "group"
     if bc == ALL:
@@ -211,7 +211,7 @@ def _args(
 
 
 def read_config(quantization: dict[str, Any]) -> tuple[Scheme, list[str]]:
-    """The scheme and the ignore list of a ``quantization_config`` that ``config`` could have written.
+    """The scheme and the ignore list of a ``quantization_config`` as ``config`` writes it.
 
     Raises CheckpointError for one with several groups or with a scheme not known here.
     """

@@ -23,6 +23,7 @@ class Weight(NamedTuple):
 
 
 def is_linear_like(t: TensorInfo) -> bool:
+    """Whether loaders may make a Linear of it."""
     return len(t.shape) == 2 and t.name.endswith(".weight")
 
 
@@ -41,7 +42,8 @@ def choose(
         elif is_expert_stack(t.name, t.shape):
             raise PlanError(
                 f"tensor {t.name!r} of shape {list(t.shape)} holds the experts of a layer in one, "
-                f"which streamq cannot split yet; leave it unquantized with --ignore '{collapse(module)}'."
+                f"which streamq cannot split yet; "
+                f"leave it unquantized with --ignore '{collapse(module)}'."
             )
         elif not is_linear_like(t):
             kept.append((t, "not a 2-D weight"))
@@ -115,6 +117,7 @@ def group(
 
 
 def unused_patterns(source: Checkpoint, options: Options) -> list[str]:
+    """Warnings for patterns that match nothing, which are mostly typing errors."""
     unused = []
     for option, patterns in (("--ignore", options.ignore), ("--only", options.only)):
         for pattern in patterns:
@@ -133,12 +136,14 @@ def block_warnings(groups: list[list[Weight]], scheme: Scheme) -> list[str]:
     if not ragged:
         return []
     return [
-        f"{ragged[0].source.name!r} has {ragged[0].source.shape[0]} rows, not a multiple of {rows}, "
-        f"in a fused group ({len(ragged)} such tensors): loaders that fuse it cannot join the scales"
+        f"{ragged[0].source.name!r} has {ragged[0].source.shape[0]} rows, not a multiple of "
+        f"{rows}, in a fused group ({len(ragged)} such tensors): loaders that fuse it cannot join "
+        "the scales"
     ]
 
 
 def notes(family: Family, scheme: Scheme, input_scale: float) -> list[str]:
+    """What a user should know about this model and scheme."""
     notes = []
     if not family.known:
         name = family.model_type or "(none in config.json)"
