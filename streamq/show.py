@@ -56,9 +56,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
 
 def show_plan(plan: Plan, workers: int, free: int | None) -> None:
     """The plan as tables: what is quantized, what is not and why, what it needs."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{plan.options.scheme.name}: {scheme_text(plan)}", soft_wrap=True, markup=False)
     table = _table("tensors", "shape", "dtype", "count", "in", "out")
     rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
@@ -84,6 +82,13 @@ def show_plan(plan: Plan, workers: int, free: int | None) -> None:
         console.print(table)
     for line in plan_lines(plan, workers, free):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _console() -> Any:
+    """Tables are as wide as the terminal; in a file or a pipe nothing is folded."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _table(*columns: str) -> Any:
@@ -138,6 +143,14 @@ def scheme_text(plan: Plan) -> str:
 
 def _files(n: int) -> str:
     return f"{n} file" if n == 1 else f"{n} files"
+
+
+def _count(n: int) -> str:
+    """A number of parameters as model names give it: 6.82M, 8.03B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -201,16 +214,14 @@ def _groups(c: Checkpoint) -> list[dict[str, Any]]:
 
 def show_inspect(c: Checkpoint) -> None:
     """The same as tables."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = _console()
     info = inspect_json(c)
     kind = info["model_type"] or "model_type unknown"
     q = info["quantization"]
     state = f"quantized: {q['quant_method']} {q['format'] or ''}" if q else "not quantized"
     console.print(
         f"{info['path']}: {kind}, {info['tensors']} tensors, "
-        f"{info['parameters'] / 1e9:.3g} B parameters, {size_text(info['bytes'])} in "
+        f"{_count(info['parameters'])} parameters, {size_text(info['bytes'])} in "
         f"{_files(len(c.files))}, {state}",
         soft_wrap=True, markup=False,
     )  # fmt: skip

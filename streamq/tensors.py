@@ -96,14 +96,6 @@ class TensorInfo(NamedTuple):
         return self.start + self.nbytes
 
 
-def tag_of(dtype: np.dtype[Any]) -> str:
-    """The safetensors tag of a numpy dtype."""
-    return _TAGS[dtype]
-
-
-_TAGS = {d.numpy: d.tag for d in DTYPES.values() if d.numpy is not None}
-
-
 def size_text(n: float) -> str:
     """A size for people, in decimal units as disks and download pages give them: 4.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -6,11 +6,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 from streamq.kernels.golden import CASES, DTYPES, FOLDER, NUMERICS, Array, outer_of
 from streamq.kernels.reference import quantize
-
-from streamq.tensors import tag_of
-from streamq.writer import build_header
 
 ROWS, COLS = 24, 384
 
@@ -63,13 +61,8 @@ def main() -> None:
 
 
 def _write(name: str, arrays: dict[str, Array]) -> None:
-    described, at = [], 0
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
-    for key, array in ordered:
-        described.append((key, tag_of(array.dtype), array.shape, at, at + array.nbytes))
-        at += array.nbytes
-    data = b"".join(np.ascontiguousarray(array).tobytes() for _, array in ordered)
-    (FOLDER / f"{name}.safetensors").write_bytes(build_header(described) + data)
+    contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+    save_file(contiguous, FOLDER / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

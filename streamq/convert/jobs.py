@@ -20,7 +20,8 @@ from streamq.schemes import Scheme
 from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
-from .worker import Segment, Worker
+from .slabs import Segment
+from .worker import Worker
 
 #: Source bytes of one job: small enough that workers finish together.
 JOB = 64 << 20

@@ -1,17 +1,11 @@
-"""What one thread does: read a slab, quantize it, write what it became.
-
-A slab is a piece of a file, about 1 MiB: rows of one weight, or many small weights that
-lie one behind the other. Inside it as many weights as possible go through a kernel as
-one matrix, and what they become is gathered until a piece worth writing is full, so that
-70,000 small tensors cost no more calls than a few large ones.
-"""
+"""What one thread does: read a slab, quantize it, write what it became."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,118 +14,22 @@ from streamq.errors import NonFiniteError, StreamqError
 from streamq.formats import compressed_tensors as fmt
 from streamq.kernels import cpu
 from streamq.kernels.reference import outer_scale
-from streamq.plan import SLAB, Member, slab_rows
+from streamq.plan import Member
 from streamq.schemes import Numerics, Quantized, Scheme
-from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
+
+from .slabs import Segment, Slab, numpy_dtype, slabs, stacks, width_of
 
 Array = np.ndarray[Any, Any]
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
-#: Elements of the longest row that flat weights are seen as.
-ROW = 1 << 16
+#: Bytes an outbox starts with.
+OUTBOX = 1 << 18
 
 
 class Stopped(Exception):
     """Another worker failed, or the user interrupted."""
-
-
-class Segment(NamedTuple):
-    """Rows ``[first, last)`` of a weight that is quantized."""
-
-    member: Member
-    first: int
-    last: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return (self.last - self.first) * self.member.layout.cols
-
-
-class Slab(NamedTuple):
-    """Segments whose bytes follow each other in one file."""
-
-    file: str
-    start: int
-    dtype: np.dtype[Any]
-    segments: list[Segment]
-    numel: int
-
-
-def slabs(segments: list[Segment]) -> Iterator[Slab]:
-    """Cut and join segments, which come in the order of the source, into slabs."""
-    joined: list[Segment] = []
-    file, dtype, start, numel, limit = "", "", 0, 0, 0
-    itemsize = 1
-    for segment in segments:
-        member, first, last = segment
-        t, layout = member.source, member.layout
-        size = (last - first) * layout.cols
-        if joined and (
-            numel + size > limit
-            or t.file != file
-            or t.dtype != dtype
-            or t.start != start + numel * itemsize
-            or first
-        ):
-            yield Slab(file, start, _numpy(dtype), joined, numel)
-            joined = []
-        if not joined:
-            file, dtype = t.file, t.dtype
-            itemsize = DTYPES[dtype].itemsize
-            start, numel, limit = t.start, 0, SLAB // itemsize
-        if numel + size <= limit and not first:
-            joined.append(segment)
-            numel += size
-            continue
-        step = slab_rows(layout, layout.cols * itemsize)
-        for row in range(first, last, step):
-            piece = Segment(member, row, min(row + step, last))
-            at = t.start + row * layout.cols * itemsize
-            yield Slab(file, at, _numpy(dtype), [piece], piece.numel)
-    if joined:
-        yield Slab(file, start, _numpy(dtype), joined, numel)
-
-
-def _numpy(tag: str) -> np.dtype[Any]:
-    dtype = DTYPES[tag].numpy
-    assert dtype is not None
-    return dtype
-
-
-def stacks(segments: list[Segment]) -> Iterator[list[Segment]]:
-    """Split a slab's segments into runs that a kernel can take as one matrix."""
-    run = [segments[0]]
-    for segment in segments[1:]:
-        if not _continues(run[-1], segment):
-            yield run
-            run = []
-        run.append(segment)
-    yield run
-
-
-def _continues(a: Segment, b: Segment) -> bool:
-    """Whether ``b`` follows ``a`` in every output made of rows, in the same geometry."""
-    x, y = a.member.layout, b.member.layout
-    if not (x.flat and y.flat) and (x.cols != y.cols or x.rows % x.row_step):
-        return False
-    for e, s, t in zip(x.entries, a.member.starts, b.member.starts, strict=True):
-        if e.rows and t != s + e.size:
-            return False
-    return True
-
-
-def _width(run: list[Segment]) -> int:
-    """Columns of the matrix that a run is seen as.
-
-    Flat weights may be seen as rows of any length that divides them; long ones cost less.
-    """
-    if len(run) == 1 or not run[0].member.layout.flat:
-        return run[0].member.layout.cols
-    width = gcd(*[s.numel for s in run])
-    return width if width <= ROW else gcd(*[s.member.layout.cols for s in run])
 
 
 class Worker:
@@ -171,7 +69,7 @@ class Worker:
     def outer(self, amax: list[float], scheme: Scheme, dtype: str) -> list[np.float32]:
         """The scale above the blocks for the amax of each group."""
         tops = np.array(amax, np.float32)
-        return list(outer_scale(tops, scheme, _numpy(dtype), self._numerics))
+        return list(outer_scale(tops, scheme, numpy_dtype(dtype), self._numerics))
 
     def quantize(
         self,
@@ -181,7 +79,7 @@ class Worker:
         shard: ShardWriter,
     ) -> None:
         """Read, quantize and write rows; small outputs when their weight begins."""
-        boxes = [_Outbox(shard), _Outbox(shard), _Outbox(shard)]
+        boxes = [Outbox(shard), Outbox(shard), Outbox(shard)]
         for slab in slabs(segments):
             x = self._read(slab)
             done = 0
@@ -202,10 +100,10 @@ class Worker:
         x: Array,
         scheme: Scheme,
         outer: dict[str, np.float32],
-        boxes: list[_Outbox],
+        boxes: list[Outbox],
     ) -> None:
         head = run[0].member
-        width = _width(run)
+        width = width_of(run)
         x = x.reshape(-1, width)
         above = None
         if outer:
@@ -253,7 +151,7 @@ class Worker:
         return part.view(slab.dtype)
 
 
-class _Outbox:
+class Outbox:
     """Gathers neighbouring bytes of one output file until they are worth a write."""
 
     def __init__(self, shard: ShardWriter) -> None:
@@ -278,10 +176,6 @@ class _Outbox:
             self._shard.put(self._start, self._buffer[: self._filled])
         self._start += self._filled
         self._filled = 0
-
-
-#: Bytes an outbox starts with.
-OUTBOX = 1 << 18
 
 
 def _put_small(member: Member, outer: np.float32 | None, shard: ShardWriter) -> None:

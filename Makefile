@@ -1,0 +1,54 @@
+# Every target sets up what it needs in .venv; PYTHON chooses the interpreter for it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint golden bench soak oracle clean
+
+demo: .venv/ready
+	@rm -rf .demo && mkdir .demo
+	$(BIN)/python examples/tiny_llama.py .demo/tiny-llama
+	$(BIN)/streamq inspect .demo/tiny-llama
+	$(BIN)/streamq plan .demo/tiny-llama .demo/tiny-llama-nvfp4a16 --scheme nvfp4a16
+	$(BIN)/streamq convert .demo/tiny-llama .demo/tiny-llama-nvfp4a16 --scheme nvfp4a16
+	$(BIN)/streamq verify .demo/tiny-llama-nvfp4a16 --source .demo/tiny-llama
+	@ls -l .demo/tiny-llama-nvfp4a16
+
+test: .venv/ready-test lint
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy cannot be told that kernels/ is streamq.kernels, so it gets a tree where it is.
+	@rm -rf .venv/typed && mkdir -p .venv/typed/streamq
+	@ln -s $(CURDIR)/streamq/* .venv/typed/streamq/ && ln -s $(CURDIR)/kernels .venv/typed/streamq/kernels
+	cd .venv/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p streamq
+
+golden: .venv/ready
+	$(BIN)/python -m streamq.kernels.golden.make
+
+bench: .venv/ready
+	$(BIN)/python bench/run.py $(BENCH)
+
+soak: .venv/ready-test
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header.py tests/test_kernels.py
+
+oracle: .oracle/ct/ready
+	.oracle/ct/bin/python -m pytest -p no:cacheprovider oracle
+
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/ready-test: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+.oracle/ct/ready: pyproject.toml oracle/requirements-ct.txt
+	test -x .oracle/ct/bin/python || $(PYTHON) -m venv .oracle/ct
+	.oracle/ct/bin/python -m pip install -q --disable-pip-version-check -r oracle/requirements-ct.txt -e .
+	@touch $@
+
+clean:
+	rm -rf .venv .demo .bench .oracle build dist *.egg-info

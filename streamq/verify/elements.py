@@ -1,0 +1,159 @@
+"""Every element of an output against the checkpoint it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from streamq.checkpoint import Checkpoint
+from streamq.formats import compressed_tensors as fmt
+from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
+from streamq.plan import slab_rows
+from streamq.schemes import Quantized, Scheme
+from streamq.tensors import DTYPES, TensorInfo
+
+from .report import Array, Module, Report, bytes_of, decibel, read, text_of
+
+Progress = Callable[[int, str], None]
+
+
+def compare(
+    out: Checkpoint,
+    source: Checkpoint,
+    scheme: Scheme,
+    modules: list[Module],
+    workers: int,
+    progress: Progress | None,
+    report: Report,
+) -> None:
+    """Compare every tensor of ``source``; failures and SQNR go into ``report``."""
+    quantized = {m.name + ".weight": m for m in modules}
+    parts = {t.name for m in modules for t in m.tensors.values()}
+    report.failures += [f"{n!r} is not in the output" for n in source.tensors
+                        if n not in out.tensors and n not in quantized]  # fmt: skip
+    report.failures += [f"{n!r} is not in the source" for n in out.tensors
+                        if n not in source.tensors and n not in parts]  # fmt: skip
+
+    def one(t: TensorInfo) -> tuple[str, str | None, float, float]:
+        if t.name in quantized:
+            failure, signal, noise = _compare_weight(out, source, t, quantized[t.name], scheme)
+        else:
+            failure, signal, noise = _compare_copy(out, source, t), 0.0, 0.0
+        if progress:
+            progress(t.nbytes, t.name)
+        return t.name, failure, signal, noise
+
+    todo = [t for t in source.tensors.values() if t.name in quantized or t.name in out.tensors]
+    with ThreadPoolExecutor(workers) as pool:
+        for name, failure, signal, noise in pool.map(one, todo):
+            if failure:
+                report.failures.append(failure)
+            if name in quantized:
+                report.sqnr[name] = decibel(signal, noise)
+                report.signal += signal
+                report.noise += noise
+
+
+def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | None:
+    u = out.tensors[t.name]
+    if (u.dtype, u.shape) != (t.dtype, t.shape):
+        found, wanted = text_of((u.dtype, u.shape)), text_of((t.dtype, t.shape))
+        return f"{t.name!r} is {found}, the source has {wanted}"
+    for at in range(0, t.nbytes, 1 << 20):
+        n = min(1 << 20, t.nbytes - at)
+        if bytes_of(out, u, at, n) != bytes_of(source, t, at, n):
+            return f"{t.name!r} differs from the source within bytes {at} to {at + n}"
+    return None
+
+
+def _compare_weight(
+    out: Checkpoint, source: Checkpoint, t: TensorInfo, m: Module, scheme: Scheme
+) -> tuple[str | None, float, float]:
+    """The first element out of bounds, and the energies of signal and error."""
+    if t.shape != (m.rows, m.cols):
+        return f"{t.name!r} has shape {list(t.shape)} in the source, {[m.rows, m.cols]} here", 0, 0
+    signal = noise = 0.0
+    failure = None
+    for first, rows in _slabs(m, t):
+        dtype = DTYPES[t.dtype].numpy
+        raw = bytes_of(source, t, first * m.cols * dtype.itemsize, rows * m.cols * dtype.itemsize)  # type: ignore[union-attr]
+        w = np.frombuffer(raw, dtype).reshape(rows, m.cols).astype(np.float32)
+        q = _unpack(out, m, scheme, first, rows)
+        error = w - dequantize(q, scheme)
+        signal += float(np.square(w, dtype=np.float64).sum())
+        noise += float(np.square(error, dtype=np.float64).sum())
+        bad = _out_of_bounds(w, q, scheme)
+        if failure is None and bad.any():
+            row, col = np.argwhere(bad)[0]
+            failure = (
+                f"{t.name!r} at row {first + row}, column {col}: {w[row, col]:g} became "
+                f"{w[row, col] - error[row, col]:g}, more than half a code step away"
+            )
+    return failure, signal, noise
+
+
+def _slabs(m: Module, t: TensorInfo) -> Iterator[tuple[int, int]]:
+    step = slab_rows(m.layout, m.cols * DTYPES[t.dtype].itemsize)
+    for first in range(0, m.rows, step):
+        yield first, min(step, m.rows - first)
+
+
+def _unpack(out: Checkpoint, m: Module, scheme: Scheme, first: int, rows: int) -> Quantized:
+    arrays: dict[str, Array] = {}
+    for e in m.layout.entries:
+        t = m.tensors[e.suffix]
+        if e.role == "global_scale":
+            arrays[e.role] = read(out, t)
+        elif e.rows:
+            start = first // e.rows * e.nbytes
+            n = -(-rows // e.rows)
+            stop = min(start + n * e.nbytes, t.nbytes)
+            data = np.frombuffer(bytes_of(out, t, start, stop - start), DTYPES[t.dtype].numpy)
+            arrays[e.role] = data.reshape(-1, e.shape[1])
+    if "codes" in arrays and m.layout.packing.kind != "bytes":
+        arrays["codes"] = arrays["codes"].view(np.uint8)
+    return fmt.unpack(arrays, scheme, m.cols)
+
+
+def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme) -> Array:
+    """Where a weight is further from its code than half the step to the next one.
+
+    Outside the range of codes anything is allowed, that is what clipping means. The
+    slack is the half ulp of a bf16 quotient, which ``--numerics weight`` rounds to.
+    """
+    one = Quantized(np.ones_like(q.codes), q.scale, None, q.global_scale)
+    if scheme.element == "e2m1":
+        one = Quantized(np.full_like(q.codes, 2), q.scale, None, q.global_scale)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        x = w / dequantize(one, scheme)
+    if scheme.element == "int":
+        zero = (
+            0.0
+            if q.zero_point is None
+            else spread(q.zero_point.astype(np.float32), scheme, w.shape)
+        )
+        lo, hi = scheme.code_range
+        x = x + zero
+        code = q.codes.astype(np.float32)
+        low = np.where(q.codes <= lo, -np.inf, code - 0.5)
+        high = np.where(q.codes >= hi, np.inf, code + 0.5)
+        slack = 2.0**-8 * (np.abs(x) + np.abs(zero))
+        return np.asarray(~((x >= low - slack) & (x <= high + slack)))
+    values = (
+        E2M1_VALUES
+        if scheme.element == "e2m1"
+        else np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
+    )
+    sign_bit = 8 if scheme.element == "e2m1" else 128
+    codes = q.codes.view(np.uint8)
+    index = codes & (sign_bit - 1)
+    nan = index >= len(values)
+    index = np.minimum(index, len(values) - 1)
+    middle = (values[1:] + values[:-1]) / 2
+    a = np.where(codes & sign_bit, -x, x)
+    low = np.concatenate(([-middle[0]], middle))[index]
+    high = np.concatenate((middle, [np.inf]))[index]
+    slack = 2.0**-8 * np.abs(x)
+    return np.asarray(nan | ~((a >= low - slack) & (a <= high + slack)))

@@ -1,0 +1,132 @@
+"""What an output says of itself: names, dtypes, shapes and scales against its config."""
+
+from __future__ import annotations
+
+from math import inf
+
+import numpy as np
+
+from streamq.checkpoint import Checkpoint, read_json
+from streamq.errors import CheckpointError, StreamqError
+from streamq.families import Family
+from streamq.formats import compressed_tensors as fmt
+from streamq.schemes import Scheme
+from streamq.tensors import FLOATS, TensorInfo
+
+from .report import Module, Report, read, text_of
+
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale",
+          "input_global_scale", "weight_shape")  # fmt: skip
+
+
+def check_index(checkpoint: Checkpoint, report: Report) -> None:
+    """Several shards have an index, and its total_size is right."""
+    path = checkpoint.root / "model.safetensors.index.json"
+    if not path.is_file():
+        if len(checkpoint.files) > 1:
+            report.failures.append(f"{len(checkpoint.files)} shards without {path.name}")
+        return
+    metadata = read_json(path).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total != checkpoint.nbytes:
+        report.failures.append(
+            f"{path.name}: total_size is {total}, the tensors have {checkpoint.nbytes} bytes"
+        )
+
+
+def find_modules(
+    checkpoint: Checkpoint, scheme: Scheme, ignore: set[str], report: Report
+) -> list[Module]:
+    """The quantized weights, after comparing names, dtypes and shapes with the layout."""
+    family = Family(checkpoint.config)
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for t in checkpoint.tensors.values():
+        module, _, suffix = t.name.rpartition(".")
+        if suffix in _PARTS:
+            parts.setdefault(module, {})[suffix] = t
+    for module, found in parts.items():
+        if (weight := checkpoint.tensors.get(module + ".weight")) is not None:
+            found["weight"] = weight
+    modules = []
+    for name, found in parts.items():
+        if name in ignore:
+            report.failures.append(f"{name!r} is quantized, but config.json ignores it")
+        try:
+            modules.append(_module(checkpoint, name, found, scheme))
+        except StreamqError as e:
+            report.failures.append(str(e))
+    for t in checkpoint.tensors.values():
+        module = t.name.removesuffix(".weight")
+        if module == t.name or len(t.shape) != 2 or module in parts or module in ignore:
+            continue
+        if family.why_left_alone(module, scheme) != "embedding":
+            report.failures.append(
+                f"{t.name!r} is not quantized and config.json does not ignore it: "
+                "loaders look for its scales"
+            )
+    if not modules:
+        report.failures.append("no tensor is quantized")
+    return modules
+
+
+def _module(
+    checkpoint: Checkpoint, name: str, found: dict[str, TensorInfo], scheme: Scheme
+) -> Module:
+    codes = found.get("weight_packed") or found.get("weight")
+    if codes is None or len(codes.shape) != 2 or "weight_scale" not in found:
+        raise CheckpointError(f"{name!r} has {', '.join(sorted(found))}, no weight with its scale")
+    rows, cols = codes.shape
+    if "weight_shape" in found and found["weight_shape"].shape == (2,):
+        rows, cols = read(checkpoint, found["weight_shape"]).tolist()
+    elif scheme.element == "e2m1":
+        cols *= 2
+    scale_dtype = found["weight_scale"].dtype
+    if rows < 1 or cols < 1 or rows > codes.shape[0]:
+        raise CheckpointError(f"{name!r}: weight_shape says {[rows, cols]}")
+    layout = fmt.layout(rows, cols, scale_dtype, scheme)
+    wanted = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
+    have = {suffix: (t.dtype, t.shape) for suffix, t in found.items()}
+    if wanted != have:
+        odd = next(s for s in sorted(wanted.keys() | have.keys()) if wanted.get(s) != have.get(s))
+        raise CheckpointError(
+            f"{name + '.' + odd!r} is {text_of(have.get(odd))}, "
+            f"{scheme.name} has {text_of(wanted.get(odd))}"
+        )
+    if scheme.scale == "weight" and scale_dtype not in FLOATS:
+        raise CheckpointError(f"{name + '.weight_scale'!r} is {scale_dtype}, not a float")
+    return Module(name, found, rows, cols, layout)
+
+
+def check_scales(
+    checkpoint: Checkpoint, scheme: Scheme, modules: list[Module], report: Report
+) -> None:
+    """Scales are finite and above zero, and global scales equal inside fused groups."""
+    family = Family(checkpoint.config)
+    shared: dict[tuple[str, str], tuple[str, float]] = {}
+    for m in modules:
+        scale = read(checkpoint, m.tensors["weight_scale"])
+        if scheme.scale == "e8m0":
+            good = scale != 255
+        else:
+            value = scale.astype(np.float32)
+            good = np.isfinite(value) & (value > 0)
+        if not good.all():
+            row, col = np.argwhere(~good)[0]
+            report.failures.append(
+                f"{m.name + '.weight_scale'!r} is {scale[row, col]} at row {row}, column {col}: "
+                "scales must be finite and above zero"
+            )
+        for suffix in ("weight_global_scale", "input_global_scale"):
+            if suffix in m.tensors:
+                constant = float(read(checkpoint, m.tensors[suffix])[0])
+                if not 0 < constant < inf:
+                    report.failures.append(f"{m.name + '.' + suffix!r} is {constant}")
+        if scheme.two_level and (found := family.group_of(m.name)):
+            g = float(read(checkpoint, m.tensors["weight_global_scale"])[0])
+            key = (found[0], found[1].members[0])
+            first = shared.setdefault(key, (m.name, g))
+            if first[1] != g:
+                report.failures.append(
+                    f"{m.name!r} has weight_global_scale {g:g}, {first[0]!r} has {first[1]:g}, "
+                    f"but loaders fuse them ({found[1].name})"
+                )
