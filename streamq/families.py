@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import lru_cache
 from typing import Any, Literal
 
 from streamq.errors import PlanError
@@ -204,7 +203,6 @@ class Family:
         self.known = self.model_type in GENERIC or any(
             self.model_type in row.model_types for row in rows_of_its_own
         )
-        self._why = lru_cache(maxsize=None)(self._why_uncached)
 
     def group_of(self, module: str) -> tuple[str, FusedGroup] | None:
         """The fused group of a module and the parent it lies under, or None."""
@@ -212,19 +210,24 @@ class Family:
         group = self._group.get(leaf)
         return None if group is None else (parent, group)
 
-    def why_left_alone(self, module: str, scheme: Scheme) -> str | None:
-        """The reason why a module stays unquantized by default, or None."""
-        if self._is_mtp(module):
-            for row, _ in self._left_alone:
-                if MTP_LAYERS in row.patterns and _applies(row, scheme):
-                    return row.reason
-        return self._why(collapse(module), scheme)
+    def left_alone(self, scheme: Scheme) -> Callable[[str], str | None]:
+        """A function from a module to the reason why it stays unquantized, or None.
 
-    def _why_uncached(self, module: str, scheme: Scheme) -> str | None:
-        for row, matches in self._left_alone:
-            if _applies(row, scheme) and matches(module):
-                return row.reason
-        return None
+        Layers have their modules in common, so each answer is found once per collapsed name.
+        """
+        rows = [(row, test) for row, test in self._left_alone if _applies(row, scheme)]
+        mtp = next((row.reason for row, _ in rows if MTP_LAYERS in row.patterns), None)
+        known: dict[str, str | None] = {}
+
+        def why(module: str) -> str | None:
+            if mtp is not None and self._is_mtp(module):
+                return mtp
+            name = collapse(module)
+            if name not in known:
+                known[name] = next((row.reason for row, test in rows if test(name)), None)
+            return known[name]
+
+        return why
 
     def _is_mtp(self, module: str) -> bool:
         if self._layers is None:

@@ -33,6 +33,7 @@ def choose(
     """Split into what is quantized and what is kept, with the reason."""
     scheme = options.scheme
     ignored, wanted = _either(options.ignore), _either(options.only)
+    left_alone = family.left_alone(scheme)
     weights: list[Weight] = []
     kept: list[tuple[TensorInfo, str]] = []
     for t in source.tensors.values():
@@ -47,7 +48,7 @@ def choose(
             )
         elif not is_linear_like(t):
             kept.append((t, "not a 2-D weight"))
-        elif why := family.why_left_alone(module, scheme):
+        elif why := left_alone(module):
             kept.append((t, why))
         elif options.only and not wanted(t.name, module):
             kept.append((t, "not in --only"))

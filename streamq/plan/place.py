@@ -8,6 +8,7 @@ neighbouring weights becomes is therefore one run of bytes per kind of output.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from streamq.checkpoint import Checkpoint
@@ -19,9 +20,6 @@ from streamq.writer import build_header
 
 from .choose import Weight
 from .types import Copy, Member, Options, ShardPlan, Step, slab_rows
-
-_WIDTH_OF = {tag: dtype.itemsize for tag, dtype in DTYPES.items()}
-_Placed = tuple[str, str, tuple[int, ...], int, list[int], int]
 
 
 class _Item(NamedTuple):
@@ -47,14 +45,22 @@ def place(
     def position(t: TensorInfo) -> tuple[int, int]:
         return order[t.file], t.start
 
+    known: dict[tuple[tuple[int, ...], str], Layout] = {}
+
+    def layout(t: TensorInfo) -> Layout:
+        made = known.get((t.shape, t.dtype))
+        if made is None:
+            rows, cols = t.shape
+            made = fmt.layout(rows, cols, t.dtype, options.scheme, options.input_scale)
+            known[t.shape, t.dtype] = made
+        return made
+
     items = [_Item(position(t), [t], []) for t in kept]
     for group in groups:
-        tensors = sorted((w.source for w in group), key=position)
-        layouts = [
-            fmt.layout(t.shape[0], t.shape[1], t.dtype, options.scheme, options.input_scale)
-            for t in tensors
-        ]
-        items.append(_Item(position(group[0].source), tensors, layouts))
+        tensors = [w.source for w in group]
+        if len(tensors) > 1:
+            tensors.sort(key=position)
+        items.append(_Item(position(group[0].source), tensors, [layout(t) for t in tensors]))
     items.sort(key=lambda item: item.position)
     parts = _split(items, options.shard_size)
     if len(parts) == 1:
@@ -84,45 +90,75 @@ def _split(items: list[_Item], shard_size: int | None) -> list[list[_Item]]:
     return shards
 
 
+class _Region(NamedTuple):
+    """Output tensors of one kind, one behind the other: as lists, for speed."""
+
+    order: tuple[int, int]  # widest elements first, then by slot
+    names: list[str]
+    dtype: str
+    shapes: list[tuple[int, ...]]
+    sizes: list[int]
+    starts: list[int]  # relative to the first data byte, filled in when all are known
+
+
 def _lay_out(name: str, items: list[_Item], scheme: Scheme) -> ShardPlan:
     """Offsets of one shard: first behind its first data byte, then behind its header."""
-    # What goes where, by the width of its elements and its slot in the layout: (tensor,
-    # dtype, shape, size, list, slot), the last two being where its offset is to be noted.
-    regions: dict[tuple[int, int], list[_Placed]] = {}
-    starts: list[list[list[int]]] = []
-    for _, tensors, layouts in items:
-        if not layouts:
-            (t,) = tensors
-            noted = [[0]]
-            entry = (t.name, t.dtype, t.shape, t.nbytes, noted[0], 0)
-            regions.setdefault((-_WIDTH_OF[t.dtype], 0), []).append(entry)
-        else:
-            noted = [[0] * len(layout.entries) for layout in layouts]
-            for t, layout, offsets in zip(tensors, layouts, noted, strict=True):
-                module = t.name.removesuffix("weight")
-                for slot, e in enumerate(layout.entries):
-                    entry = (module + e.suffix, e.dtype, e.shape, e.size, offsets, slot)
-                    regions.setdefault((-_WIDTH_OF[e.dtype], slot), []).append(entry)
-        starts.append(noted)
-    described, at = [], 0
-    for _, region in sorted(regions.items()):
-        for tensor, dtype, shape, size, offsets, slot in region:
-            offsets[slot] = at
-            described.append((tensor, dtype, shape, at, at + size))
-            at += size
-    header = build_header(described)
+    quantized = [(t, k) for item in items for t, k in zip(item.tensors, item.layouts, strict=False)]
+    copied = [item.tensors[0] for item in items if not item.layouts]
+    # By the dtype of the weight, because that of the scales may follow it.
+    classes = {
+        dtype: [(t, layout) for t, layout in quantized if t.dtype == dtype]
+        for dtype in dict.fromkeys([t.dtype for t, _ in quantized])
+    }
+    slots = {dtype: _regions_of(members) for dtype, members in classes.items()}
+    copies = {
+        dtype: _region(0, dtype, [t for t in copied if t.dtype == dtype])
+        for dtype in dict.fromkeys([t.dtype for t in copied])
+    }
+    regions = [*copies.values(), *(region for one in slots.values() for region in one)]
+    regions.sort(key=lambda region: region.order)
+    at = 0
+    for region in regions:
+        offsets = list(accumulate(region.sizes, initial=at))
+        at = offsets.pop()
+        region.starts.extend(offsets)
+    header = build_header((r.names, r.dtype, r.shapes, r.starts, r.sizes) for r in regions)
     base = len(header)
-    shard = ShardPlan(name, names=[d[0] for d in described], header=header, size=base + at)
-    for (_, tensors, layouts), noted in zip(items, starts, strict=True):
-        if not layouts:
-            shard.copies.append(Copy(tensors[0], base + noted[0][0]))
-            continue
-        members = [
-            Member(t, layout, tuple([base + o for o in offsets]))
-            for t, layout, offsets in zip(tensors, layouts, noted, strict=True)
-        ]
-        shard.steps.append(Step(scheme, tuple(members)))
+    names = [n for region in regions for n in region.names]
+    shard = ShardPlan(name, names=names, header=header, size=base + at)
+    places = {
+        dtype: zip(*[[base + start for start in region.starts] for region in one], strict=True)
+        for dtype, one in slots.items()
+    }
+    shard.steps = [
+        Step(scheme, tuple([
+            Member(t, layout, next(places[t.dtype]))
+            for t, layout in zip(item.tensors, item.layouts, strict=True)
+        ]))
+        for item in items if item.layouts
+    ]  # fmt: skip
+    of_copies = {dtype: iter(region.starts) for dtype, region in copies.items()}
+    shard.copies = [Copy(t, base + next(of_copies[t.dtype])) for t in copied]
     return shard
+
+
+def _regions_of(members: list[tuple[TensorInfo, Layout]]) -> list[_Region]:
+    """One region per entry of the layouts, in the order of the entries."""
+    modules = [t.name.removesuffix("weight") for t, _ in members]
+    regions = []
+    for slot, head in enumerate(members[0][1].entries):
+        entries = [layout.entries[slot] for _, layout in members]
+        names = [module + head.suffix for module in modules]
+        shapes, sizes = [e.shape for e in entries], [e.size for e in entries]
+        order = (-DTYPES[head.dtype].itemsize, slot)
+        regions.append(_Region(order, names, head.dtype, shapes, sizes, []))
+    return regions
+
+
+def _region(slot: int, dtype: str, tensors: list[TensorInfo]) -> _Region:
+    order = (-DTYPES[dtype].itemsize, slot)
+    shapes, sizes = [t.shape for t in tensors], [t.nbytes for t in tensors]
+    return _Region(order, [t.name for t in tensors], dtype, shapes, sizes, [])
 
 
 def slab_memory(shards: list[ShardPlan]) -> int:

@@ -38,7 +38,7 @@ def find_modules(
     checkpoint: Checkpoint, scheme: Scheme, ignore: set[str], report: Report
 ) -> list[Module]:
     """The quantized weights, after comparing names, dtypes and shapes with the layout."""
-    family = Family(checkpoint.config)
+    left_alone = Family(checkpoint.config).left_alone(scheme)
     parts: dict[str, dict[str, TensorInfo]] = {}
     for t in checkpoint.tensors.values():
         module, _, suffix = t.name.rpartition(".")
@@ -59,7 +59,7 @@ def find_modules(
         module = t.name.removesuffix(".weight")
         if module == t.name or len(t.shape) != 2 or module in parts or module in ignore:
             continue
-        if family.why_left_alone(module, scheme) != "embedding":
+        if left_alone(module) != "embedding":
             report.failures.append(
                 f"{t.name!r} is not quantized and config.json does not ignore it: "
                 "loaders look for its scales"
