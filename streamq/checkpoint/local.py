@@ -186,6 +186,7 @@ def _read_index(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
             )
+    for file in set(index.values()):
         if os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
     return index

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from streamq.checkpoint import CONFIG, Checkpoint
-from streamq.kernels import cpu
 from streamq.plan import MAX_MEMORY, Plan
 from streamq.tensors import DTYPES
 from streamq.writer import Destination, ShardWriter, check_destination
@@ -70,10 +70,10 @@ def convert(
     workers = plan.workers_within(workers or default_workers(), max_memory)
     check_destination(target, plan.disk_needed, overwrite)
     destination = Destination(target, overwrite, sync)
-    _load_kernels(plan, notify)
     destination.begin()
     try:
-        _Run(source, plan, destination, workers, progress or (lambda n, name: None)).run()
+        run = _Run(source, plan, destination, workers, progress or (lambda n, name: None))
+        backend = run.run(lambda: _load_kernels(plan, notify))
         for name in plan.others:
             if name != CONFIG:
                 destination.copy_file(source.root / name, name)
@@ -89,16 +89,21 @@ def convert(
     finally:
         destination.sync.close()
     seconds = time.perf_counter() - began
-    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, cpu.NAME)
+    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, backend.NAME)
 
 
-def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> None:
-    """Compile the kernels, or load them from the cache, before any thread needs them."""
+def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> ModuleType:
+    """Compile the kernels, or load them from the cache, before any thread needs them.
+
+    Imported here and not above: numba takes 0.2 s, in which other threads already copy.
+    """
     text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
     timer = threading.Timer(SLOW_START, lambda: notify(text) if notify else None)
     timer.daemon = True
     timer.start()
     try:
+        from streamq.kernels import cpu
+
         for packing, dtype in {
             (m.layout.packing, DTYPES[m.source.dtype].numpy)
             for shard in plan.shards for step in shard.steps for m in step.members
@@ -107,6 +112,7 @@ def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> None:
             cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics)
     finally:
         timer.cancel()
+    return cpu
 
 
 class _Run:
@@ -130,13 +136,23 @@ class _Run:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self) -> None:
-        """Run to the end, or raise the first error after all threads have come home."""
+    def run(self, load_kernels: Callable[[], ModuleType]) -> ModuleType:
+        """Run to the end, or raise the first error after all threads have come home.
+
+        What stays as it is gets copied while the kernels are loaded.
+        """
         # Closing a shard waits for the disk, so it has a thread of its own.
         with ThreadPoolExecutor(1, "close") as closer, ThreadPoolExecutor(self._workers) as pool:
             closing: list[Future[None]] = []
-            futures = [pool.submit(self._work, i, closer, closing) for i in range(self._workers)]
+
+            def start(kernels: ModuleType | None) -> list[Future[None]]:
+                threads = range(self._workers)
+                return [pool.submit(self._work, i, kernels, closer, closing) for i in threads]
+
+            futures = start(None)
             try:
+                kernels = load_kernels()
+                futures += start(kernels)
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 if not all(f.done() and f.exception() is None for f in futures):
@@ -150,13 +166,21 @@ class _Run:
             finally:
                 for writer in self._writers.values():
                     writer.abandon()
+        return kernels
 
-    def _work(self, number: int, closer: ThreadPoolExecutor, closing: list[Future[None]]) -> None:
+    def _work(
+        self,
+        number: int,
+        kernels: ModuleType | None,
+        closer: ThreadPoolExecutor,
+        closing: list[Future[None]],
+    ) -> None:
+        """One thread, until no job is left; until no copy is left without ``kernels``."""
         worker = Worker(
-            self._source, self._plan.options.numerics, self._plan.slab_memory, self._stop,
-            self._progress,
+            self._source, kernels, self._plan.options.numerics, self._plan.slab_memory,
+            self._stop, self._progress,
         )  # fmt: skip
-        while (job := self._scheduler.next(number)) is not None:
+        while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
             writer = self._writer(job)
             released = job.run(worker, writer)
             if self._scheduler.done(job, released):

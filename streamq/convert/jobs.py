@@ -17,10 +17,9 @@ import numpy as np
 
 from streamq.plan import Copy, Member, ShardPlan, Step
 from streamq.schemes import Scheme
-from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
-from .slabs import Segment
+from .slabs import Array, Stretch, stretches
 from .worker import Worker
 
 #: Source bytes of one job: small enough that workers finish together.
@@ -29,21 +28,22 @@ JOB = 64 << 20
 
 @dataclass(slots=True)
 class Batch:
-    """Whole steps, done by one worker from amax to codes."""
+    """Whole steps of one dtype, done by one worker from amax to codes."""
 
     shard: int
-    steps: list[Step]
+    scheme: Scheme
+    stretches: list[Stretch]
+    group: Array  # of each member: the number of its step
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[Job]:
         """Quantize all steps of the batch."""
-        scheme = self.steps[0].scheme
-        members = [m for step in self.steps for m in step.members]
-        members.sort(key=lambda m: (m.source.file, m.source.start))
-        segments = [Segment(m, 0, m.source.shape[0]) for m in members]
-        outer: dict[str, np.float32] = {}
-        if scheme.needs_amax:
-            outer = _outer(self.steps, worker.amax(segments), worker)
-        worker.quantize(segments, scheme, outer, writer)
+        outer = None
+        if self.scheme.needs_amax:
+            tops = np.zeros(self.group.max() + 1, np.float32)
+            np.maximum.at(tops, self.group, worker.amax(self.stretches, len(self.group)))
+            dtype = self.stretches[0].members[0].source.dtype
+            outer = worker.outer(tops, self.scheme, dtype)[self.group]
+        worker.quantize(self.stretches, self.scheme, outer, writer)
         return []
 
 
@@ -53,14 +53,13 @@ class LargeStep:
 
     step: Step
     waiting: int
-    amax: dict[str, float] = field(default_factory=dict)
+    top: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, found: dict[str, float]) -> bool:
-        """Take in one part's maxima; True for the last part."""
+    def add(self, top: float) -> bool:
+        """Take in one part's maximum; True for the last part."""
         with self.lock:
-            for name, value in found.items():
-                self.amax[name] = max(value, self.amax.get(name, 0.0))
+            self.top = max(top, self.top)
             self.waiting -= 1
             return self.waiting == 0
 
@@ -70,15 +69,17 @@ class AmaxPart:
     """First pass over some rows of a large step; the last one releases the second pass."""
 
     shard: int
-    segments: list[Segment]
+    rows: Stretch
     large: LargeStep
     then: list[QuantizePart]
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[Job]:
-        """Find the maxima; returns the second pass when all are known."""
-        if not self.large.add(worker.amax(self.segments)):
+        """Find the maximum; returns the second pass when all are known."""
+        if not self.large.add(float(worker.amax([self.rows], 1)[0])):
             return []
-        outer = _outer([self.large.step], self.large.amax, worker)
+        tops = np.array([self.large.top], np.float32)
+        source = self.large.step.members[0].source
+        outer = worker.outer(tops, self.large.step.scheme, source.dtype)
         for part in self.then:
             part.outer = outer
         return list(self.then)
@@ -89,13 +90,13 @@ class QuantizePart:
     """Some rows of a large step."""
 
     shard: int
-    segments: list[Segment]
+    rows: Stretch
     scheme: Scheme
-    outer: dict[str, np.float32] = field(default_factory=dict)
+    outer: Array | None = None
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[Job]:
         """Quantize the rows."""
-        worker.quantize(self.segments, self.scheme, self.outer, writer)
+        worker.quantize([self.rows], self.scheme, self.outer, writer)
         return []
 
 
@@ -125,35 +126,43 @@ def jobs_of(number: int, shard: ShardPlan) -> Iterator[Job]:
     batch: list[Step] = []
     filled = 0
     for step in shard.steps:
-        if step.nbytes > JOB:
+        size = step.nbytes
+        if size > JOB:
             yield from _large(number, step)
             continue
-        if batch and filled + step.nbytes > JOB:
-            yield Batch(number, batch)
+        if batch and (filled + size > JOB or step.dtype != batch[0].dtype):
+            yield _batch(number, batch)
             batch, filled = [], 0
         batch.append(step)
-        filled += step.nbytes
+        filled += size
     if batch:
-        yield Batch(number, batch)
+        yield _batch(number, batch)
+
+
+def _batch(number: int, steps: list[Step]) -> Batch:
+    members = [(m, i) for i, step in enumerate(steps) for m in step.members]
+    members.sort(key=lambda pair: (pair[0].source.file, pair[0].source.start))
+    group = np.array([i for _, i in members])
+    return Batch(number, steps[0].scheme, list(stretches([m for m, _ in members])), group)
 
 
 def _large(number: int, step: Step) -> Iterator[Job]:
-    parts = [QuantizePart(number, [s], step.scheme) for m in step.members for s in _cut(m)]
+    parts = [QuantizePart(number, rows, step.scheme) for m in step.members for rows in _cut(m)]
     if not step.scheme.needs_amax:
         yield from parts
         return
     large = LargeStep(step, len(parts))
     for part in parts:
-        yield AmaxPart(number, part.segments, large, parts)
+        yield AmaxPart(number, part.rows, large, parts)
 
 
-def _cut(member: Member) -> Iterator[Segment]:
+def _cut(member: Member) -> Iterator[Stretch]:
     """Rows of a large weight, about JOB bytes at a time."""
     rows, cols = member.source.shape
     step = member.layout.row_step
-    height = max(step, JOB // (cols * DTYPES[member.source.dtype].itemsize) // step * step)
+    height = max(step, JOB // (member.layout.bytes_in // rows) // step * step)
     for first in range(0, rows, height):
-        yield Segment(member, first, min(rows, first + height))
+        yield Stretch([member], 0, [(min(rows, first + height) - first) * cols], first)
 
 
 def _copies(number: int, copies: list[Copy]) -> Iterator[Job]:
@@ -172,17 +181,6 @@ def _copies(number: int, copies: list[Copy]) -> Iterator[Job]:
         yield run
 
 
-def _outer(steps: list[Step], amax: dict[str, float], worker: Worker) -> dict[str, np.float32]:
-    """One scale for each group, by the name of every member."""
-    found: dict[str, np.float32] = {}
-    for dtype in {step.members[0].source.dtype for step in steps}:
-        same = [step for step in steps if step.members[0].source.dtype == dtype]
-        tops = [max([amax[m.source.name] for m in step.members]) for step in same]
-        for step, scale in zip(same, worker.outer(tops, steps[0].scheme, dtype), strict=True):
-            found.update((m.source.name, scale) for m in step.members)
-    return found
-
-
 class Scheduler:
     """Hands out jobs; knows when a shard has none left."""
 
@@ -193,16 +191,21 @@ class Scheduler:
         self._changed = threading.Condition()
         self._stopped = False
 
-    def next(self, worker: int) -> Job | None:
-        """The next job for a worker, waiting for one if need be; None at the end."""
+    def next(self, worker: int, copies_only: bool = False) -> Job | None:
+        """The next job for a worker, waiting for one if need be; None at the end.
+
+        With ``copies_only``, None as soon as no copy is left.
+        """
         with self._changed:
             while not self._stopped and any(self._left):
                 home = self._homes.get(worker, -1)
-                if home < 0 or not self._ready[home]:
-                    home = self._choose(worker)
+                if home < 0 or not self._has(home, copies_only):
+                    home = self._choose(worker, copies_only)
                 if home >= 0:
                     self._homes[worker] = home
                     return self._ready[home].popleft()
+                if copies_only:
+                    return None
                 self._changed.wait()
             return None
 
@@ -220,10 +223,15 @@ class Scheduler:
             self._stopped = True
             self._changed.notify_all()
 
-    def _choose(self, worker: int) -> int:
+    def _has(self, shard: int, copies_only: bool) -> bool:
+        """Whether a shard has a job ready; its copies come first."""
+        ready = self._ready[shard]
+        return bool(ready) and not (copies_only and not isinstance(ready[0], CopyRun))
+
+    def _choose(self, worker: int, copies_only: bool) -> int:
         """A shard with work: the first that nobody is at, else the one with the most jobs."""
         taken = {home for w, home in self._homes.items() if w != worker}
-        open_shards = [i for i, ready in enumerate(self._ready) if ready]
+        open_shards = [i for i in range(len(self._ready)) if self._has(i, copies_only)]
         free = [i for i in open_shards if i not in taken]
         if free:
             return free[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from math import gcd
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,12 @@ import numpy as np
 from streamq.checkpoint import Checkpoint
 from streamq.errors import NonFiniteError, StreamqError
 from streamq.formats import compressed_tensors as fmt
-from streamq.kernels import cpu
 from streamq.kernels.reference import outer_scale
 from streamq.plan import Member
 from streamq.schemes import Numerics, Quantized, Scheme
 from streamq.writer import ShardWriter
 
-from .slabs import Segment, Slab, numpy_dtype, slabs, stacks, width_of
-
-Array = np.ndarray[Any, Any]
+from .slabs import Array, Slab, Stretch, numpy_dtype, slabs
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
@@ -33,102 +32,89 @@ class Stopped(Exception):
 
 
 class Worker:
-    """The buffers of one thread and what it does with them."""
+    """The buffers of one thread and what it does with them.
+
+    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy.
+    """
 
     def __init__(
         self,
         source: Checkpoint,
+        kernels: ModuleType | None,
         numerics: Numerics,
         memory: int,
         stop: threading.Event,
         progress: Callable[[int, str], None],
     ) -> None:
         self._source = source
+        self._kernels: Any = kernels
         self._numerics = numerics
         self._arena = np.empty(memory, np.uint8)
         self._stop = stop
         self._progress = progress
 
-    def amax(self, segments: list[Segment]) -> dict[str, float]:
-        """Largest magnitude of each weight over the given rows, by tensor name."""
-        found: dict[str, float] = {}
-        for slab in slabs(segments):
-            sizes = [s.numel for s in slab.segments]
-            width = gcd(*sizes) if len(sizes) > 1 else slab.segments[0].member.layout.cols
+    def amax(self, work: list[Stretch], count: int) -> Array:
+        """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
+        tops = np.zeros(count, np.float32)
+        for slab in _slabs(work):
+            sizes = [0, *slab.ends[:-1]]
+            width = gcd(*slab.ends) if len(sizes) > 1 else slab.width
             x = self._read(slab).reshape(-1, width)
-            with _telling(slab.segments, width):
-                rows = cpu.amax(x)
-            starts = np.cumsum([0, *sizes[:-1]]) // width
-            for segment, top in zip(
-                slab.segments, np.maximum.reduceat(rows, starts).tolist(), strict=True
-            ):
-                name = segment.member.source.name
-                found[name] = max(found.get(name, 0.0), top)
-        return found
+            with _telling(slab, width):
+                rows = self._kernels.amax(x)
+            found = np.maximum.reduceat(rows, np.array(sizes) // width)
+            part = tops[slab.index : slab.index + len(sizes)]
+            np.maximum(part, found, out=part)
+        return tops
 
-    def outer(self, amax: list[float], scheme: Scheme, dtype: str) -> list[np.float32]:
+    def outer(self, amax: Array, scheme: Scheme, dtype: str) -> Array:
         """The scale above the blocks for the amax of each group."""
-        tops = np.array(amax, np.float32)
-        return list(outer_scale(tops, scheme, numpy_dtype(dtype), self._numerics))
+        return outer_scale(amax, scheme, numpy_dtype(dtype), self._numerics)
 
     def quantize(
-        self,
-        segments: list[Segment],
-        scheme: Scheme,
-        outer: dict[str, np.float32],
-        shard: ShardWriter,
+        self, work: list[Stretch], scheme: Scheme, outer: Array | None, shard: ShardWriter
     ) -> None:
-        """Read, quantize and write rows; small outputs when their weight begins."""
+        """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
         boxes = [Outbox(shard), Outbox(shard), Outbox(shard)]
-        for slab in slabs(segments):
+        for slab in _slabs(work):
             x = self._read(slab)
-            done = 0
-            for run in stacks(slab.segments):
-                numel = sum([s.numel for s in run])
-                self._quantize_run(run, x[done : done + numel], scheme, outer, boxes)
-                done += numel
-            for member, first, _ in slab.segments:
-                if first == 0:
-                    _put_small(member, outer.get(member.source.name), shard)
-            self._progress(x.nbytes, slab.segments[0].member.source.name)
+            above = None
+            if outer is not None:
+                above = outer[slab.index : slab.index + len(slab.members)]
+            self._quantize_slab(slab, x, scheme, above, boxes)
+            if slab.first == 0:
+                _put_small(slab.members, above, shard)
+            self._progress(x.nbytes, slab.members[0].source.name)
         for box in boxes:
             box.flush()
 
-    def _quantize_run(
-        self,
-        run: list[Segment],
-        x: Array,
-        scheme: Scheme,
-        outer: dict[str, np.float32],
-        boxes: list[Outbox],
+    def _quantize_slab(
+        self, slab: Slab, x: Array, scheme: Scheme, above: Array | None, boxes: list[Outbox]
     ) -> None:
-        head = run[0].member
-        width = width_of(run)
+        head = slab.members[0]
+        width = slab.width
         x = x.reshape(-1, width)
-        above = None
-        if outer:
-            counts = [s.numel // width for s in run]
-            above = np.repeat([outer[s.member.source.name] for s in run], counts)
+        if above is not None:
+            above = np.repeat(above, np.diff(slab.ends, prepend=0) // width)
         packing = head.layout.packing
         entries = [(e, s) for e, s in zip(head.layout.entries, head.starts, strict=True) if e.rows]
         views = []
-        for (shape, dtype), (e, start), box in zip(
-            cpu.shapes(len(x), width, x.dtype, scheme, packing), entries, boxes, strict=False
-        ):
+        shapes = self._kernels.shapes(len(x), width, x.dtype, scheme, packing)
+        for (shape, dtype), (e, start), box in zip(shapes, entries, boxes, strict=False):
             if e.role == "zero_point":  # packed by the format, after the kernel
                 views.append(np.empty(shape, dtype))
                 continue
-            at = start + run[0].first // e.rows * e.nbytes
+            at = start + slab.first // e.rows * e.nbytes
             size = shape[0] * shape[1] * dtype.itemsize
             views.append(box.reserve(at, size).view(dtype).reshape(shape))
-        with _telling(run, width):
-            q = cpu.quantize(
+        with _telling(slab, width):
+            q = self._kernels.quantize(
                 x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(*views)
             )
         if q.zero_point is not None:
             (e, start), box = entries[2], boxes[2]
             data = fmt.pack_zero_point(q.zero_point, scheme.bits).view(np.uint8).reshape(-1)
-            box.reserve(start + run[0].first // e.rows * e.nbytes, len(data))[:] = data
+            box.reserve(start + slab.first // e.rows * e.nbytes, len(data))[:] = data
 
     def copy(
         self, file: str, start: int, offset: int, nbytes: int, name: str, shard: ShardWriter
@@ -178,21 +164,27 @@ class Outbox:
         self._filled = 0
 
 
-def _put_small(member: Member, outer: np.float32 | None, shard: ShardWriter) -> None:
-    """Outputs of a few bytes that are not made of rows."""
-    for entry, start in zip(member.layout.entries, member.starts, strict=True):
+def _slabs(work: list[Stretch]) -> Iterator[Slab]:
+    for stretch in work:
+        yield from slabs(stretch)
+
+
+def _put_small(members: list[Member], outer: Array | None, shard: ShardWriter) -> None:
+    """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
+    head = members[0]
+    for i, (entry, start) in enumerate(zip(head.layout.entries, head.starts, strict=True)):
         if entry.role == "global_scale":
             assert outer is not None
             shard.put_small(start, outer.tobytes())
         elif entry.role == "constant":
-            shard.put_small(start, entry.value)
+            shard.put_small(start, b"".join([m.layout.entries[i].value for m in members]))
 
 
 class _telling:
     """Gives a NonFiniteError the name of the tensor and the place in it."""
 
-    def __init__(self, run: list[Segment], width: int) -> None:
-        self._run = run
+    def __init__(self, slab: Slab, width: int) -> None:
+        self._slab = slab
         self._width = width
 
     def __enter__(self) -> None: ...
@@ -200,20 +192,19 @@ class _telling:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, NonFiniteError):
             return
+        slab = self._slab
         at = error.row * self._width + error.col
-        for segment in self._run:
-            if at < segment.numel:
-                break
-            at -= segment.numel
-        t = segment.member.source
-        row, col = divmod(at, segment.member.layout.cols)
-        place = f"row {segment.first + row}, column {col}"
+        number = bisect_right(slab.ends, at)
+        member = slab.members[number]
+        t = member.source
+        row, col = divmod(at - (slab.ends[number - 1] if number else 0), member.layout.cols)
+        row += slab.first
         if error.what == "scale":
             raise StreamqError(
-                f"tensor {t.name!r}: the scale of group {col} in row {segment.first + row} is not "
+                f"tensor {t.name!r}: the scale of group {col} in row {row} is not "
                 "finite in its dtype; leave this tensor unquantized with --ignore."
             ) from None
         raise StreamqError(
-            f"tensor {t.name!r} in {t.file}: {place} is NaN or Inf; "
+            f"tensor {t.name!r} in {t.file}: row {row}, column {col} is NaN or Inf; "
             "the checkpoint is damaged, or leave this tensor unquantized with --ignore."
         ) from None

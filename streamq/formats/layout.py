@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     bytes_in: int
     bytes_out: int
     entries: tuple[Entry, ...]
+    sizes: tuple[int, ...]  # of the entries
     packing: Packing
     row_step: int
     flat: bool
@@ -62,5 +63,5 @@ def make_layout(
     )
     step = lcm(*(e.rows for e in made_of_rows))
     bytes_in = rows * cols * DTYPES[dtype].itemsize
-    bytes_out = sum(e.size for e in entries)
-    return Layout(rows, cols, bytes_in, bytes_out, tuple(entries), packing, step, flat)
+    sizes = tuple(e.size for e in entries)
+    return Layout(rows, cols, bytes_in, sum(sizes), tuple(entries), sizes, packing, step, flat)

@@ -50,6 +50,11 @@ class Step(NamedTuple):
         """Source bytes."""
         return sum([m.layout.bytes_in for m in self.members])
 
+    @property
+    def dtype(self) -> str:
+        """Header dtype of the weights; members of a fused group have one."""
+        return self.members[0].source.dtype
+
 
 class Copy(NamedTuple):
     """A tensor that stays as it is, and its absolute offset in the shard."""

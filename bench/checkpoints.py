@@ -1,0 +1,136 @@
+"""The checkpoints that benchmarks run on: made once, in seconds, whatever their size.
+
+Weights are Gaussian (sigma 0.02) in bf16, cut from one block of 32 MB at changing
+offsets: kernels without branches do not care that numbers come again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def llama(hidden: int, inter: int, layers: int, vocab: int) -> Shapes:
+    """A dense model."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        shapes |= _attention(layer, hidden)
+        shapes |= _mlp(layer + "mlp.", hidden, inter)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def moe(hidden: int, inter: int, layers: int, experts: int, vocab: int) -> Shapes:
+    """A mixture of experts with a 2-D weight per projection and expert."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        shapes |= _attention(layer, hidden)
+        shapes[layer + "mlp.gate.weight"] = (experts, hidden)
+        for e in range(experts):
+            shapes |= _mlp(f"{layer}mlp.experts.{e}.", hidden, inter)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def experts_only(layers: int, experts: int, rows: int, cols: int) -> Shapes:
+    """Nothing but experts: many tensors of one size."""
+    return {
+        f"model.layers.{n}.mlp.experts.{e}.{p}_proj.weight": (rows, cols)
+        for n in range(layers) for e in range(experts) for p in ("gate", "up", "down")
+    }  # fmt: skip
+
+
+def _attention(layer: str, hidden: int) -> Shapes:
+    sizes = {"q": hidden, "k": hidden // 4, "v": hidden // 4, "o": hidden}
+    shapes: Shapes = {f"{layer}self_attn.{p}_proj.weight": (n, hidden) for p, n in sizes.items()}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return shapes | {f"{layer}{norm}.weight": (hidden,) for norm in norms}
+
+
+def _mlp(parent: str, hidden: int, inter: int) -> Shapes:
+    return {
+        parent + "gate_proj.weight": (inter, hidden),
+        parent + "up_proj.weight": (inter, hidden),
+        parent + "down_proj.weight": (hidden, inter),
+    }
+
+
+#: name: (what it is, its tensors, number of shards)
+CHECKPOINTS: dict[str, tuple[str, Callable[[], Shapes], int]] = {
+    "S": ("1 GB llama", lambda: llama(2048, 8192, 8, 16384), 2),
+    "M": ("4 GB llama", lambda: llama(4096, 11008, 10, 32768), 4),
+    "MoE": ("2 GB mixture of experts", lambda: moe(1536, 512, 6, 64, 16384), 2),
+    "K": ("70,000 tensors of 64 KB", lambda: experts_only(60, 389, 128, 256), 4),
+    "L": ("the bytes of K in tensors of 96 MB", lambda: experts_only(2, 8, 11670, 4096), 4),
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """The checkpoint ``name`` in ``folder``, written if it is not there yet."""
+    target = folder / name
+    if (target / "config.json").is_file():
+        return target
+    _, shapes_of, count = CHECKPOINTS[name]
+    shapes = shapes_of()
+    target.mkdir(parents=True, exist_ok=True)
+    parts = list(_split(shapes, count))
+    import ml_dtypes
+    import numpy as np
+
+    where = {}
+    block = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)
+    data = memoryview(block.astype(ml_dtypes.bfloat16).view(np.uint8))
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        _write(target / file, part, data)
+        where |= dict.fromkeys(part, file)
+    total = sum(2 * prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _split(shapes: Shapes, count: int) -> Iterator[Shapes]:
+    total = sum(prod(shape) for shape in shapes.values())
+    part: Shapes = {}
+    done, given = 0, 0
+    for name, shape in shapes.items():
+        part[name] = shape
+        done += prod(shape)
+        if done * count >= total * (given + 1):
+            yield part
+            part, given = {}, given + 1
+    if part:
+        yield part
+
+
+def _write(path: Path, shapes: Shapes, data: memoryview) -> None:
+    sizes = [2 * prod(shape) for shape in shapes.values()]
+    ends = accumulate(sizes)
+    header = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [end - size, end]}
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    at = 0
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for size in sizes:
+            while size:
+                n = min(size, len(data) - at)
+                f.write(data[at : at + n])
+                size -= n
+                at = (at + n + 2 * 7919) % (len(data) - 1 & ~1) if at + n < len(data) else 0
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))
