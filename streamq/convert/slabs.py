@@ -27,11 +27,11 @@ class Stretch(NamedTuple):
     """Whole weights that follow each other in the source and in every output, or rows of one.
 
     ``ends``: elements up to the end of each member. ``first``: the row that a single
-    member is taken from. ``index``: number of the first member in its job.
+    member is taken from. ``number``: of the first member in its job.
     """
 
     members: list[Member]
-    index: int
+    number: int
     ends: list[int]
     first: int = 0
 
@@ -43,7 +43,7 @@ class Slab(NamedTuple):
     """
 
     members: list[Member]
-    index: int
+    number: int
     ends: list[int]
     first: int
     file: str
@@ -79,9 +79,9 @@ def stretches(members: list[Member]) -> Iterator[Stretch]:
         yield _stretch(members[begun:], begun)
 
 
-def _stretch(members: list[Member], index: int) -> Stretch:
+def _stretch(members: list[Member], number: int) -> Stretch:
     numels = [m.layout.rows * m.layout.cols for m in members]
-    return Stretch(members, index, list(accumulate(numels)))
+    return Stretch(members, number, list(accumulate(numels)))
 
 
 def _continues(a: Member, b: Member) -> bool:
@@ -101,7 +101,7 @@ def _continues(a: Member, b: Member) -> bool:
 
 def slabs(stretch: Stretch) -> Iterator[Slab]:
     """Cut a stretch into slabs: between members, or between the rows of a single one."""
-    members, index, ends, first = stretch
+    members, number, ends, first = stretch
     t, layout = members[0].source, members[0].layout
     dtype = numpy_dtype(t.dtype)
     if len(members) == 1:
@@ -110,7 +110,7 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
         last = first + ends[0] // layout.cols
         for row in range(first, last, height):
             numel = (min(row + height, last) - row) * layout.cols
-            yield Slab(members, index, [numel], row, t.file, t.start + row * row_bytes, dtype)
+            yield Slab(members, number, [numel], row, t.file, t.start + row * row_bytes, dtype)
         return
     limit = SLAB // dtype.itemsize
     begun, before = 0, 0
@@ -118,7 +118,7 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
         if end - before > limit:
             part = [e - before for e in ends[begun:i]]
             start = t.start + before * dtype.itemsize
-            yield Slab(members[begun:i], index + begun, part, 0, t.file, start, dtype)
+            yield Slab(members[begun:i], number + begun, part, 0, t.file, start, dtype)
             begun, before = i, ends[i - 1]
 
 

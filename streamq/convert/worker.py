@@ -63,7 +63,7 @@ class Worker:
             with _telling(slab, width):
                 rows = self._kernels.amax(x)
             found = np.maximum.reduceat(rows, np.array(sizes) // width)
-            part = tops[slab.index : slab.index + len(sizes)]
+            part = tops[slab.number : slab.number + len(sizes)]
             np.maximum(part, found, out=part)
         return tops
 
@@ -80,7 +80,7 @@ class Worker:
             x = self._read(slab)
             above = None
             if outer is not None:
-                above = outer[slab.index : slab.index + len(slab.members)]
+                above = outer[slab.number : slab.number + len(slab.members)]
             self._quantize_slab(slab, x, scheme, above, boxes)
             if slab.first == 0:
                 _put_small(slab.members, above, shard)

@@ -31,8 +31,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     weights, kept = choose(source, options, family)
     groups = group(weights, kept, family)
     warnings = [*unused_patterns(source, options), *block_warnings(groups, options.scheme)]
-    shards = place(source, groups, [t for t, _ in kept], options)
-    ignored = [t.name.removesuffix(".weight") for t, _ in kept if is_linear_like(t)]
+    shards = place(groups, kept, options)
+    ignored = [t.name.removesuffix(".weight") for t, _, _ in kept if is_linear_like(t)]
     config = {**source.config, "quantization_config": fmt.config(options.scheme, sorted(ignored))}
     if not source.config:
         warnings.append("the source has no config.json; the new one holds quantization_config only")
@@ -42,7 +42,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         config=config,
         others=source.others,
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
-        unquantized=kept,
+        unquantized=[(t, why) for t, why, _ in kept],
         warnings=warnings,
         notes=[*source.oddities, *notes(family, options.scheme, options.input_scale)],
         bytes_in=source.nbytes,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
-from streamq.families import Family, collapse, is_expert_stack, matcher
+from streamq.families import Family, FusedGroup, collapse, is_expert_stack, matcher
 from streamq.schemes import ALL, Scheme, block_text
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
@@ -16,10 +16,19 @@ from .types import Options
 
 
 class Weight(NamedTuple):
-    """A tensor that will be quantized, before it has a place."""
+    """A tensor that will be quantized, before it has a place; ``position`` in the source."""
 
     source: TensorInfo
     module: str
+    position: int
+
+
+class Kept(NamedTuple):
+    """A tensor that stays as it is, and why."""
+
+    source: TensorInfo
+    reason: str
+    position: int
 
 
 def is_linear_like(t: TensorInfo) -> bool:
@@ -27,42 +36,54 @@ def is_linear_like(t: TensorInfo) -> bool:
     return len(t.shape) == 2 and t.name.endswith(".weight")
 
 
-def choose(
-    source: Checkpoint, options: Options, family: Family
-) -> tuple[list[Weight], list[tuple[TensorInfo, str]]]:
+def choose(source: Checkpoint, options: Options, family: Family) -> tuple[list[Weight], list[Kept]]:
     """Split into what is quantized and what is kept, with the reason."""
-    scheme = options.scheme
-    ignored, wanted = _either(options.ignore), _either(options.only)
-    left_alone = family.left_alone(scheme)
+    why_not = _rules(options, family)
     weights: list[Weight] = []
-    kept: list[tuple[TensorInfo, str]] = []
-    for t in source.tensors.values():
+    kept: list[Kept] = []
+    checked: set[tuple[int, ...]] = set()
+    for position, t in enumerate(source.tensors.values()):
         module = t.name.removesuffix(".weight")
+        if reason := why_not(t, module):
+            kept.append(Kept(t, reason, position))
+            continue
+        if t.shape not in checked:
+            _check_shape(t, options.scheme)
+            checked.add(t.shape)
+        weights.append(Weight(t, module, position))
+    if not weights:
+        reasons = ", ".join(
+            f"{n} x {why}" for why, n in Counter(k.reason for k in kept).most_common()
+        )
+        raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
+    return weights, kept
+
+
+def _rules(options: Options, family: Family) -> Callable[[TensorInfo, str], str | None]:
+    """A function from a tensor and its module to the reason why it is kept, or None."""
+    ignored, wanted = _either(options.ignore), _either(options.only)
+    left_alone = family.left_alone(options.scheme)
+
+    def why_not(t: TensorInfo, module: str) -> str | None:
         if options.ignore and ignored(t.name, module):
-            kept.append((t, "--ignore"))
-        elif is_expert_stack(t.name, t.shape):
+            return "--ignore"
+        if is_expert_stack(t.name, t.shape):
             raise PlanError(
                 f"tensor {t.name!r} of shape {list(t.shape)} holds the experts of a layer in one, "
                 f"which streamq cannot split yet; "
                 f"leave it unquantized with --ignore '{collapse(module)}'."
             )
-        elif not is_linear_like(t):
-            kept.append((t, "not a 2-D weight"))
-        elif why := left_alone(module):
-            kept.append((t, why))
-        elif options.only and not wanted(t.name, module):
-            kept.append((t, "not in --only"))
-        elif 0 in t.shape:
-            kept.append((t, "empty"))
-        elif t.dtype not in FLOATS:
-            kept.append((t, _other_dtype(t)))
-        else:
-            _check_shape(t, scheme)
-            weights.append(Weight(t, module))
-    if not weights:
-        reasons = ", ".join(f"{n} x {why}" for why, n in Counter(w for _, w in kept).most_common())
-        raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
-    return weights, kept
+        if not is_linear_like(t):
+            return "not a 2-D weight"
+        if why := left_alone(module):
+            return why
+        if options.only and not wanted(t.name, module):
+            return "not in --only"
+        if 0 in t.shape:
+            return "empty"
+        return None if t.dtype in FLOATS else _other_dtype(t)
+
+    return why_not
 
 
 def _either(patterns: tuple[str, ...]) -> Callable[[str, str], bool]:
@@ -90,22 +111,24 @@ def _check_shape(t: TensorInfo, scheme: Scheme) -> None:
         )
 
 
-def group(
-    weights: list[Weight], kept: list[tuple[TensorInfo, str]], family: Family
-) -> list[list[Weight]]:
+def group(weights: list[Weight], kept: list[Kept], family: Family) -> list[list[Weight]]:
     """Fused groups, each in the order of its table row, in the order of the source."""
     groups: dict[tuple[str, str], list[Weight]] = {}
-    rank = {}
+    fused: dict[tuple[str, str], FusedGroup] = {}
     for w in weights:
         found = family.group_of(w.module)
-        key = (found[0], found[1].members[0]) if found else (w.module, "")
-        groups.setdefault(key, []).append(w)
-        if found:
-            rank[w.module] = found[1].members.index(w.module.rpartition(".")[2])
-    for members in groups.values():
-        if len(members) > 1:
-            members.sort(key=lambda w: rank[w.module])
-    for t, why in kept:
+        if found is None:
+            groups[w.module, ""] = [w]
+            continue
+        key = (found[0], found[1].members[0])
+        if key in groups:
+            groups[key].append(w)
+            fused[key] = found[1]
+        else:
+            groups[key] = [w]
+    for key, row in fused.items():
+        groups[key].sort(key=lambda w: row.members.index(w.module.rpartition(".")[2]))
+    for t, why, _ in kept:
         if not is_linear_like(t):
             continue
         found = family.group_of(t.name.removesuffix(".weight"))

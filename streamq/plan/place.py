@@ -8,25 +8,26 @@ neighbouring weights becomes is therefore one run of bytes per kind of output.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from streamq.checkpoint import Checkpoint
 from streamq.formats import compressed_tensors as fmt
 from streamq.formats.layout import Layout
 from streamq.schemes import Scheme
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.writer import build_header
 
-from .choose import Weight
+from .choose import Kept, Weight
 from .types import Copy, Member, Options, ShardPlan, Step, slab_rows
 
 
 class _Item(NamedTuple):
     """What stays together in one shard: the weights of a step, or one tensor to copy."""
 
-    position: tuple[int, int]  # of its first member in the source: file, offset
-    tensors: list[TensorInfo]
+    position: int  # of its first member in the source
+    file: str  # of the same
+    tensors: list[TensorInfo]  # in the order of the source
     layouts: list[Layout]  # empty for a copy
 
     @property
@@ -36,15 +37,8 @@ class _Item(NamedTuple):
         return sum([layout.bytes_out for layout in self.layouts])
 
 
-def place(
-    source: Checkpoint, groups: list[list[Weight]], kept: list[TensorInfo], options: Options
-) -> list[ShardPlan]:
+def place(groups: list[list[Weight]], kept: list[Kept], options: Options) -> list[ShardPlan]:
     """Assign items to shards, name the shards, compute offsets and headers."""
-    order = {file: i for i, file in enumerate(source.files)}
-
-    def position(t: TensorInfo) -> tuple[int, int]:
-        return order[t.file], t.start
-
     known: dict[tuple[tuple[int, ...], str], Layout] = {}
 
     def layout(t: TensorInfo) -> Layout:
@@ -55,13 +49,12 @@ def place(
             known[t.shape, t.dtype] = made
         return made
 
-    items = [_Item(position(t), [t], []) for t in kept]
+    items = [_Item(k.position, k.source.file, [k.source], []) for k in kept]
     for group in groups:
-        tensors = [w.source for w in group]
-        if len(tensors) > 1:
-            tensors.sort(key=position)
-        items.append(_Item(position(group[0].source), tensors, [layout(t) for t in tensors]))
-    items.sort(key=lambda item: item.position)
+        first = group[0]
+        tensors = [w.source for w in sorted(group, key=_POSITION)]
+        items.append(_Item(first.position, first.source.file, tensors, list(map(layout, tensors))))
+    items.sort(key=_BEGIN)
     parts = _split(items, options.shard_size)
     if len(parts) == 1:
         return [_lay_out("model.safetensors", parts[0], options.scheme)]
@@ -71,18 +64,19 @@ def place(
     ]
 
 
+_POSITION = attrgetter("position")
+_BEGIN = itemgetter(0)
+
+
 def _split(items: list[_Item], shard_size: int | None) -> list[list[_Item]]:
     """As many shards as the source has, or shards of at most ``shard_size`` bytes."""
+    if shard_size is None:
+        return [list(part) for _, part in groupby(items, attrgetter("file"))]
     shards: list[list[_Item]] = []
-    file, filled = -1, 0
+    filled = 0
     for item in items:
-        size = 0 if shard_size is None else item.bytes_out
-        if shard_size is None:
-            begins = item.position[0] != file
-            file = item.position[0]
-        else:
-            begins = not shards or filled + size > shard_size
-        if begins:
+        size = item.bytes_out
+        if not shards or filled + size > shard_size:
             shards.append([])
             filled = 0
         filled += size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from streamq.errors import PlanError
 from streamq.formats.layout import Layout
 from streamq.schemes import Numerics, Scheme
 from streamq.tensors import TensorInfo
+from streamq.writer import quoted
 
 #: Default for ``--max-memory``: the buffers of all workers together, in bytes.
 MAX_MEMORY = 512 << 20
@@ -103,17 +103,18 @@ class Plan:
 
     @property
     def index(self) -> str:
-        """Text of ``model.safetensors.index.json``; total_size counts tensor bytes.
+        """Text of ``model.safetensors.index.json``, in the order of the data.
 
-        Put together by hand: json's encoder is in C only without indentation, and takes
-        1.1 s for 200,000 names with it, against 0.15 s.
+        ``total_size`` counts tensor bytes. Joined by hand: json's encoder is in C only
+        without indentation, and takes 1.1 s for 200,000 names with it.
         """
         total = sum(s.size - len(s.header) for s in self.shards)
-        where = sorted((name, s.name) for s in self.shards for name in s.names)
-        quote = json.encoder.encode_basestring
-        lines = ",\n".join([f'    {quote(name)}: "{file}"' for name, file in where])
+        lines = []
+        for s in self.shards:
+            between = f'": "{s.name}",\n    "'
+            lines.append(f'    "{between.join(quoted(s.names))}": "{s.name}"')
         head = f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n'
-        return head + f'  "weight_map": {{\n{lines}\n  }}\n}}\n'
+        return head + '  "weight_map": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
     def peak_memory(self, workers: int) -> int:
         """Estimate of the peak resident size of the process, in bytes."""

@@ -6,6 +6,8 @@ Order of a directory: all of it in ``DST.partial``, index and config last, fsync
 """
 
 from .destination import Destination, check_destination, free_bytes
-from .shard import ShardWriter, build_header
+from .shard import ShardWriter, build_header, quoted
 
-__all__ = ["Destination", "ShardWriter", "build_header", "check_destination", "free_bytes"]
+__all__ = [
+    "Destination", "ShardWriter", "build_header", "check_destination", "free_bytes", "quoted",
+]  # fmt: skip

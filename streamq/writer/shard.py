@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,38 @@ SYNC_EVERY = 128 << 20
 Region = tuple[list[str], str, list[tuple[int, ...]], list[int], list[int]]
 
 
+def quoted(names: list[str]) -> list[str]:
+    """The insides of JSON strings, by one look at all of them: names hardly ever need escapes."""
+    quote: Callable[[str], str] = json.encoder.encode_basestring
+    together = "".join(names)
+    if len(quote(together)) == len(together) + 2:
+        return names
+    return [quote(name)[1:-1] for name in names]
+
+
 def build_header(regions: Iterable[Region]) -> bytes:
     """The length and JSON that open a file.
 
     Takes lists ``(names, dtype, shapes, starts, sizes)`` in the order of the data, offsets
-    counted from the first data byte; lists, because a shard can hold 100,000 tensors.
-    Padded with spaces to a multiple of 8, as the format's owner does, so that data starts
-    aligned. ``format: pt`` because loaders refuse files without it.
+    counted from the first data byte. Padded with spaces to a multiple of 8, as the format's
+    owner does, so that data starts aligned. ``format: pt`` because loaders refuse files
+    without it. Joins columns instead of formatting entries: 8 against 23 ms for 70,000.
     """
-    quote = json.encoder.encode_basestring
     parts = ['{"__metadata__":{"format":"pt"}']
     for names, dtype, shapes, starts, sizes in regions:
         middles = {
-            shape: f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            shape: f'":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
             for shape in set(shapes)
         }
-        parts += [
-            f"{quote(name)}{middles[shape]}{start},{start + size}]}}"
-            for name, shape, start, size in zip(names, shapes, starts, sizes, strict=True)
-        ]
-    text = ",".join(parts).encode() + b"}"
+        columns = [""] * (6 * len(names))
+        columns[0::6] = [',"'] * len(names)
+        columns[1::6] = quoted(names)
+        columns[2::6] = map(middles.__getitem__, shapes)
+        columns[3::6] = map(str, starts)
+        columns[4::6] = [","] * len(names)
+        columns[5::6] = [f"{start + size}]}}" for start, size in zip(starts, sizes, strict=True)]
+        parts += columns
+    text = "".join(parts).encode() + b"}"
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
