@@ -135,7 +135,7 @@ def many_against_few(scheme: str, rounds: int) -> list[dict[str, Any]]:
     sources = {name: make(name) for name in ("K", "L")}
     dst = WORK / "out"
     results: dict[str, list[Run]] = {name: [] for name in sources}
-    command = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet", "--no-sync"]
+    command = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
     for src in sources.values():
         warm(src)
         run(command, src, dst)

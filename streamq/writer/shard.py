@@ -120,9 +120,9 @@ class ShardWriter:
         """Write what is left, sync, compare the header on disk with the plan, rename."""
         for offset, data in _joined(self._small):
             self.put(offset, data)
-        if self._pending is not None:
-            self._pending.result()
         with naming(self.name):
+            if self._pending is not None:
+                self._pending.result()
             self._sync.now(self._fd)
             found = os.pread(self._fd, len(self._header), 0)
             size = os.fstat(self._fd).st_size
@@ -153,9 +153,13 @@ class ShardWriter:
     def _written(self, nbytes: int) -> None:
         with self._lock:
             self._unsynced += nbytes
-            idle = self._pending is None or self._pending.done()
-            if self._unsynced < SYNC_EVERY or not idle:
+            if self._unsynced < SYNC_EVERY:
                 return
+            if self._pending is not None:
+                if not self._pending.done():
+                    return
+                with naming(self.name):  # the kernel tells of a failed flush only once
+                    self._pending.result()
             self._unsynced = 0
             self._pending = self._sync.later(self._fd)
 
