@@ -52,24 +52,19 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
 
-class Size(click.ParamType[int]):
-    """Bytes with a unit: 512MiB, 5GB, 1.5GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """Parse, or fail as a usage error."""
-        if isinstance(value, int):
-            return value
-        text = value.strip().lower().removesuffix("b")
-        number = text.rstrip("kmgti")
-        try:
-            size = float(number) * _UNITS[text[len(number) :]]
-        except (KeyError, ValueError):
-            self.fail(f"{value!r} is not a size like 512MiB or 5GB", param, ctx)
-        if not 1 <= size < 2**63:
-            self.fail(f"{value!r} is out of range", param, ctx)
-        return int(size)
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes from a number with a unit: 512MiB, 5GB, 1.5GiB. Anything else is wrong usage."""
+    if value is None:
+        return None
+    text = value.strip().lower().removesuffix("b")
+    number = text.rstrip("kmgti")
+    try:
+        size = float(number) * _UNITS[text[len(number) :]]
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"{value!r} is not a size like 512MiB or 5GB") from None
+    if not 1 <= size < 2**63:
+        raise click.BadParameter(f"{value!r} is out of range")
+    return int(size)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,11 +94,11 @@ def _scheme_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Arithmetic in f32, or in the weight's dtype as llm-compressor does."),
         click.option("--input-scale", type=float, default=1.0, show_default=True, metavar="X",
                      help="The constant input_global_scale of NVFP4 (2688 / largest activation)."),
-        click.option("--shard-size", type=Size(), metavar="SIZE",
+        click.option("--shard-size", callback=_size, metavar="SIZE",
                      help="Largest output shard (default: as many shards as the source)."),
         click.option("--workers", "-j", type=click.IntRange(1, 256), metavar="N",
                      help="Threads (default: the processors)."),
-        click.option("--max-memory", type=Size(), default="512MiB", show_default=True,
+        click.option("--max-memory", callback=_size, default="512MiB", show_default=True,
                      metavar="SIZE", help="Buffers of all workers together."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]):  # fmt: skip
@@ -252,7 +247,8 @@ def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
             "quantized": report.quantized, "failures": report.failures,
-            "sqnr_db": report.total_sqnr if source else None, "sqnr_db_by_tensor": report.sqnr,
+            "sqnr_db": _number(report.total_sqnr) if source else None,
+            "sqnr_db_by_tensor": {name: _number(db) for name, db in report.sqnr.items()},
         }))  # fmt: skip
     elif not report.failures and not quiet:
         click.echo(
@@ -266,7 +262,13 @@ def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
     if report.failures:
         for failure in report.failures:
             click.echo(f"failed: {failure}", err=True)
-        raise VerifyError(f"{dst}: {len(report.failures)} checks failed.")
+        n = len(report.failures)
+        raise VerifyError(f"{dst}: {n} {'check' if n == 1 else 'checks'} failed.")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity: null where nothing was lost, or everything."""
+    return value if abs(value) < float("inf") else None
 
 
 def main() -> None:

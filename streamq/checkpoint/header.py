@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from typing import Any
 
 from streamq.errors import CheckpointError
@@ -18,7 +17,6 @@ from streamq.tensors import DTYPES, TensorInfo
 #: Longest header the format allows, in bytes (safetensors MAX_HEADER_SIZE).
 MAX_HEADER = 100_000_000
 _U64 = (1 << 64) - 1
-_MINUS_ZERO = re.compile(rb"[\[,:]\s*-0(?![.0-9eE])")
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -64,7 +62,8 @@ def read_header(path: str, file: str) -> Header:
 def parse_header(raw: bytes, file: str, size: int) -> Header:
     """Validate the JSON bytes of a header against a file of ``size`` bytes."""
     entries = _parse_json(raw, file)
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(
         isinstance(v, str) and _is_text(k) and _is_text(v) for k, v in metadata.items()
     ):
@@ -122,12 +121,11 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, Tens
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{file}: its header is not a JSON object.")
-    # Python reads -0 as the integer 0, serde refuses it.
-    if b"-0" in raw and _MINUS_ZERO.search(raw):
-        raise CheckpointError(f"{file}: its header has the number -0.")
     try:
         text = raw.decode("utf-8")
         entries: dict[str, Any] = json.loads(text, parse_constant=_no_constant)
+        if b"-0" in raw:
+            json.loads(text, parse_int=_no_minus_zero)
         if not _all_strings_survived(raw, entries):
             json.loads(text, object_pairs_hook=_unique)  # names the double, if that is what it is
     except CheckpointError as e:
@@ -161,6 +159,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise CheckpointError(f"its header has {text}, which is not JSON.")
+
+
+def _no_minus_zero(text: str) -> int:
+    """Python reads -0 as the integer 0, serde refuses it."""
+    if text == "-0":
+        raise CheckpointError("its header has the number -0.")
+    return 0
 
 
 def _are_sizes(value: Any) -> bool:

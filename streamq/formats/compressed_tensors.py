@@ -7,6 +7,7 @@ Names and packings are those of compressed-tensors 0.19; the config uses only ke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from math import gcd
 from typing import Any
@@ -210,27 +211,27 @@ def _args(
     }
 
 
-def read_config(quantization: dict[str, Any]) -> tuple[Scheme, list[str]]:
+def read_config(quantization: Any) -> tuple[Scheme, list[str]]:
     """The scheme and the ignore list of a ``quantization_config`` as ``config`` writes it.
 
     Raises CheckpointError for one with several groups or with a scheme not known here.
     """
+    quantization = quantization if isinstance(quantization, dict) else {}
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise CheckpointError("config.json: quantization_config must have one config group.")
+    ignore = quantization.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+        raise CheckpointError("config.json: ignore of quantization_config must be a list of names.")
     (group,) = groups.values()
     wanted = _essentials(group)
     for scheme in SCHEMES.values():
         size = (wanted["weights"] or {}).get("group_size")
-        candidate = scheme
-        if scheme.element == "int" and scheme.block[1] != ALL and isinstance(size, int):
-            candidate = Scheme(
-                scheme.name, scheme.element, scheme.bits, (1, size), scheme.scale,
-                scheme.symmetric, activation=scheme.activation,
-            )  # fmt: skip
-        ours = config(candidate, [])["config_groups"]["group_0"]
-        if _essentials(ours) == wanted:
-            return candidate, list(quantization.get("ignore") or [])
+        grouped = scheme.element == "int" and scheme.block[1] != ALL
+        if grouped and isinstance(size, int) and size > 0:
+            scheme = replace(scheme, block=(1, size))
+        if _essentials(config(scheme, [])["config_groups"]["group_0"]) == wanted:
+            return scheme, ignore
     raise CheckpointError(
         "config.json: the scheme of quantization_config is none that streamq knows: "
         f"{wanted['weights']}."

@@ -44,7 +44,7 @@ def verify(
         report.tensors = len(checkpoint.tensors)
         check_index(checkpoint, report)
         try:
-            scheme, ignore = fmt.read_config(checkpoint.config.get("quantization_config") or {})
+            scheme, ignore = fmt.read_config(checkpoint.config.get("quantization_config"))
         except CheckpointError as e:
             report.failures.append(str(e))
             return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
@@ -12,7 +13,7 @@ from streamq.formats import compressed_tensors as fmt
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.plan import slab_rows
 from streamq.schemes import Quantized, Scheme
-from streamq.tensors import DTYPES, TensorInfo
+from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
 from .report import Array, Module, Report, bytes_of, decibel, read, text_of
 
@@ -72,19 +73,22 @@ def _compare_weight(
     out: Checkpoint, source: Checkpoint, t: TensorInfo, m: Module, scheme: Scheme
 ) -> tuple[str | None, float, float]:
     """The first element out of bounds, and the energies of signal and error."""
-    if t.shape != (m.rows, m.cols):
-        return f"{t.name!r} has shape {list(t.shape)} in the source, {[m.rows, m.cols]} here", 0, 0
+    dtype = DTYPES[t.dtype].numpy
+    if t.shape != (m.rows, m.cols) or t.dtype not in FLOATS or dtype is None:
+        found, wanted = text_of((t.dtype, t.shape)), [m.rows, m.cols]
+        return f"{t.name!r} is {found} in the source, not a float of shape {wanted}", 0, 0
     signal = noise = 0.0
     failure = None
+    ulp = float(ml_dtypes.finfo(dtype).eps) / 2 + 2.0**-22
     for first, rows in _slabs(m, t):
-        dtype = DTYPES[t.dtype].numpy
-        raw = bytes_of(source, t, first * m.cols * dtype.itemsize, rows * m.cols * dtype.itemsize)  # type: ignore[union-attr]
+        raw = bytes_of(source, t, first * m.cols * dtype.itemsize, rows * m.cols * dtype.itemsize)
         w = np.frombuffer(raw, dtype).reshape(rows, m.cols).astype(np.float32)
         q = _unpack(out, m, scheme, first, rows)
-        error = w - dequantize(q, scheme)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            error = w - dequantize(q, scheme)
         signal += float(np.square(w, dtype=np.float64).sum())
         noise += float(np.square(error, dtype=np.float64).sum())
-        bad = _out_of_bounds(w, q, scheme)
+        bad = _out_of_bounds(w, q, scheme, ulp)
         if failure is None and bad.any():
             row, col = np.argwhere(bad)[0]
             failure = (
@@ -117,35 +121,30 @@ def _unpack(out: Checkpoint, m: Module, scheme: Scheme, first: int, rows: int) -
     return fmt.unpack(arrays, scheme, m.cols)
 
 
-def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme) -> Array:
+def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme, ulp: float) -> Array:
     """Where a weight is further from its code than half the step to the next one.
 
-    Outside the range of codes anything is allowed, that is what clipping means. The
-    slack is the half ulp of a bf16 quotient, which ``--numerics weight`` rounds to.
+    Outside the range of codes anything is allowed, that is what clipping means. ``ulp`` is
+    the relative error of one rounding to the weight's dtype: ``--numerics weight`` rounds
+    the quotient so, and the sum with the zero point again.
     """
-    one = Quantized(np.ones_like(q.codes), q.scale, None, q.global_scale)
-    if scheme.element == "e2m1":
-        one = Quantized(np.full_like(q.codes, 2), q.scale, None, q.global_scale)
+    unit = 2 if scheme.element == "e2m1" else 1  # the code of 1.0
+    one = Quantized(np.full_like(q.codes, unit), q.scale, None, q.global_scale)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         x = w / dequantize(one, scheme)
     if scheme.element == "int":
-        zero = (
-            0.0
-            if q.zero_point is None
-            else spread(q.zero_point.astype(np.float32), scheme, w.shape)
-        )
+        slack = ulp * np.abs(x)
+        if q.zero_point is not None:
+            x = x + spread(q.zero_point.astype(np.float32), scheme, w.shape)
+            slack += ulp * np.abs(x)
         lo, hi = scheme.code_range
-        x = x + zero
         code = q.codes.astype(np.float32)
         low = np.where(q.codes <= lo, -np.inf, code - 0.5)
         high = np.where(q.codes >= hi, np.inf, code + 0.5)
-        slack = 2.0**-8 * (np.abs(x) + np.abs(zero))
         return np.asarray(~((x >= low - slack) & (x <= high + slack)))
-    values = (
-        E2M1_VALUES
-        if scheme.element == "e2m1"
-        else np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
-    )
+    values = E2M1_VALUES
+    if scheme.element == "e4m3":
+        values = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
     sign_bit = 8 if scheme.element == "e2m1" else 128
     codes = q.codes.view(np.uint8)
     index = codes & (sign_bit - 1)
@@ -155,5 +154,5 @@ def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme) -> Array:
     a = np.where(codes & sign_bit, -x, x)
     low = np.concatenate(([-middle[0]], middle))[index]
     high = np.concatenate((middle, [np.inf]))[index]
-    slack = 2.0**-8 * np.abs(x)
+    slack = ulp * np.abs(x)
     return np.asarray(nan | ~((a >= low - slack) & (a <= high + slack)))

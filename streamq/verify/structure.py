@@ -76,21 +76,25 @@ def _module(
     if codes is None or len(codes.shape) != 2 or "weight_scale" not in found:
         raise CheckpointError(f"{name!r} has {', '.join(sorted(found))}, no weight with its scale")
     rows, cols = codes.shape
-    if "weight_shape" in found and found["weight_shape"].shape == (2,):
-        rows, cols = read(checkpoint, found["weight_shape"]).tolist()
-    elif scheme.element == "e2m1":
+    if scheme.element == "e2m1":
         cols *= 2
+    elif "weight_packed" in found:
+        shape = found.get("weight_shape")
+        if shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
+            odd = text_of(shape and (shape.dtype, shape.shape))
+            raise CheckpointError(f"{name + '.weight_shape'!r} is {odd}, not I64 [2]")
+        rows, cols = read(checkpoint, shape).tolist()
+        if rows != codes.shape[0] or cols < 1:
+            raise CheckpointError(f"{name!r}: weight_shape says {[rows, cols]}")
     scale_dtype = found["weight_scale"].dtype
-    if rows < 1 or cols < 1 or rows > codes.shape[0]:
-        raise CheckpointError(f"{name!r}: weight_shape says {[rows, cols]}")
     layout = fmt.layout(rows, cols, scale_dtype, scheme)
-    wanted = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
+    want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
     have = {suffix: (t.dtype, t.shape) for suffix, t in found.items()}
-    if wanted != have:
-        odd = next(s for s in sorted(wanted.keys() | have.keys()) if wanted.get(s) != have.get(s))
+    if want != have:
+        part = next(s for s in sorted(want.keys() | have.keys()) if want.get(s) != have.get(s))
         raise CheckpointError(
-            f"{name + '.' + odd!r} is {text_of(have.get(odd))}, "
-            f"{scheme.name} has {text_of(wanted.get(odd))}"
+            f"{name + '.' + part!r} is {text_of(have.get(part))}, "
+            f"{scheme.name} has {text_of(want.get(part))}"
         )
     if scheme.scale == "weight" and scale_dtype not in FLOATS:
         raise CheckpointError(f"{name + '.weight_scale'!r} is {scale_dtype}, not a float")
