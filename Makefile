@@ -31,7 +31,7 @@ bench: .venv/ready
 	$(BIN)/python bench/run.py $(BENCH)
 
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header.py tests/test_kernels.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py
 
 oracle: .oracle/ct/ready
 	.oracle/ct/bin/python -m pytest -p no:cacheprovider oracle

@@ -141,10 +141,10 @@ def _all_strings_survived(raw: bytes, entries: dict[str, Any]) -> bool:
     The parser drops the first of two equal keys, and with it at least that string. Asking
     it to show all pairs instead doubles its time (0.12 against 0.06 s for 70,000 tensors).
     """
-    metadata = entries.get("__metadata__")
     strings = 5 * len(entries)  # of each tensor: its name, three keys, the dtype
-    if isinstance(metadata, dict):
-        strings += 2 * len(metadata) - 4
+    if "__metadata__" in entries:
+        metadata = entries["__metadata__"]
+        strings += 2 * (len(metadata) if isinstance(metadata, dict) else 0) - 4
     return b"\\" not in raw and raw.count(b'"') == 2 * strings
 
 
