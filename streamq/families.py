@@ -177,12 +177,12 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"the pattern {pattern!r} is not a valid regex: {e}.") from None
 
 
-_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBERS = re.compile(r"\.[0-9]+(?![^.])")
 
 
 def collapse(name: str) -> str:
     """``model.layers.12.mlp`` as ``model.layers.*.mlp``: what layers have in common."""
-    return _NUMBERS.sub("*", name)
+    return _NUMBERS.sub(".*", name)
 
 
 class Family:

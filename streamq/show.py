@@ -26,11 +26,10 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
     scheme = plan.options.scheme
     quantized = [
         {
-            "name": m.source.name, "dtype": m.source.dtype, "shape": list(m.source.shape),
-            "scheme": scheme.name, "file": shard.name, "bytes_in": m.source.nbytes,
-            "bytes_out": m.layout.bytes_out,
+            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "scheme": scheme.name,
+            "file": shard.name, "bytes_in": layout.bytes_in, "bytes_out": layout.bytes_out,
         }
-        for shard in plan.shards for step in shard.steps for m in step.members
+        for shard in plan.shards for weights in shard.weights for t, layout in weights.pairs()
     ]  # fmt: skip
     kept = [
         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes_in": t.nbytes,
@@ -61,13 +60,12 @@ def show_plan(plan: Plan, workers: int, free: int | None) -> None:
     table = _table("tensors", "shape", "dtype", "count", "in", "out")
     rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
     for shard in plan.shards:
-        for step in shard.steps:
-            for m in step.members:
-                key = (collapse(m.source.name), m.source.shape, m.source.dtype)
-                row = rows.setdefault(key, [0, 0, 0])
+        for weights in shard.weights:
+            for t, layout in weights.pairs():
+                row = rows.setdefault((collapse(t.name), t.shape, t.dtype), [0, 0, 0])
                 row[0] += 1
-                row[1] += m.source.nbytes
-                row[2] += m.layout.bytes_out
+                row[1] += layout.bytes_in
+                row[2] += layout.bytes_out
     _add_rows(table, rows)
     console.print(table)
     table = _table("left as they are", "shape", "dtype", "count", "size", "why")
@@ -109,7 +107,7 @@ def _add_rows(table: Any, rows: dict[tuple[str, tuple[int, ...], str], list[int]
 
 def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
     """The plan in a few lines, before the work."""
-    quantized = sum(len(step.members) for s in plan.shards for step in s.steps)
+    quantized = sum(len(w.sources) for s in plan.shards for w in s.weights)
     ratio = plan.bytes_in / plan.bytes_out
     yield (
         f"{quantized} weights to {plan.options.scheme.name}, {len(plan.unquantized)} tensors as "

@@ -33,11 +33,13 @@ def make(tmp_path, names, config=None, shape=(128, 256), shards=None):
 
 def steps_of(plan):
     """Module names of each step."""
-    return [
-        {m.source.name.removesuffix(".weight").rpartition(".")[2] for m in step.members}
-        for shard in plan.shards
-        for step in shard.steps
-    ]
+    steps = {}
+    for i, shard in enumerate(plan.shards):
+        for weights in shard.weights:
+            for t, step in zip(weights.sources, weights.steps.tolist(), strict=True):
+                leaf = t.name.removesuffix(".weight").rpartition(".")[2]
+                steps.setdefault((i, step), set()).add(leaf)
+    return list(steps.values())
 
 
 # --- families ---------------------------------------------------------------------------
@@ -157,7 +159,7 @@ NAMES = [f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("mlp.down_proj
 )
 def test_ignore_and_only(options, quantized, tmp_path):
     plan = plan_of(make(tmp_path, NAMES), **options)
-    found = [m.source.name for s in plan.shards for step in s.steps for m in step.members]
+    found = [t.name for s in plan.shards for w in s.weights for t in w.sources]
     assert sorted(found) == sorted(quantized)
     ignore = plan.config["quantization_config"]["ignore"]
     assert ignore == sorted(n.removesuffix(".weight") for n in set(NAMES) - set(quantized))
@@ -177,6 +179,9 @@ REFUSED = {
     "half a group": ({"m.q_proj.weight": weight(), "m.k_proj.weight": weight()}, {}, "w4a16",
                      {"ignore": ("m.k_proj",)},
                      r"'m.q_proj.weight' is quantized and 'm.k_proj.weight' is not \(--ignore\)"),
+    "two dtypes in a group": (
+        {"m.q_proj.weight": weight(), "m.k_proj.weight": weight().astype("f4")}, {}, "w4a16", {},
+        "'m.k_proj.weight' is F32 and 'm.q_proj.weight' is BF16, but loaders fuse them"),
     "nothing": ({"lm_head.weight": weight()}, {}, "w4a16", {}, "nothing to quantize.*output head"),
     "quantized source": ({"m.o_proj.weight": weight()},
                          {"quantization_config": {"quant_method": "fp8"}}, "w4a16", {},
@@ -243,10 +248,10 @@ def test_a_group_goes_to_the_shard_of_its_first_member(tmp_path):
     q, k, v, o = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo")
     src = make(tmp_path, [k, v, o, q], shards=[[k], [v, o], [q]])
     plan = plan_of(src)
-    homes = {m.source.name: s.name for s in plan.shards for st in s.steps for m in st.members}
-    # The first member is q, by the table; the first shard has nothing left and is gone.
-    assert homes[q] == homes[k] == homes[v] == "model-00002-of-00002.safetensors"
-    assert homes[o] == "model-00001-of-00002.safetensors"
+    homes = {t.name: s.name for s in plan.shards for w in s.weights for t in w.sources}
+    # The last shard has nothing left and is gone.
+    assert homes[q] == homes[k] == homes[v] == "model-00001-of-00002.safetensors"
+    assert homes[o] == "model-00002-of-00002.safetensors"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

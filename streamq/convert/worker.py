@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from math import gcd
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +13,12 @@ from streamq.checkpoint import Checkpoint
 from streamq.errors import NonFiniteError, StreamqError
 from streamq.formats import compressed_tensors as fmt
 from streamq.kernels.reference import outer_scale
-from streamq.plan import Member
-from streamq.schemes import Numerics, Quantized, Scheme
+from streamq.plan import Weights
+from streamq.schemes import Numerics, Quantized
+from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
-from .slabs import Array, Slab, Stretch, numpy_dtype, slabs
+from .slabs import Array, Slab, Stretch, slabs
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
@@ -57,23 +56,23 @@ class Worker:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
         tops = np.zeros(count, np.float32)
         for slab in _slabs(work):
-            sizes = [0, *slab.ends[:-1]]
-            width = gcd(*slab.ends) if len(sizes) > 1 else slab.width
+            begins = slab.ends - np.diff(slab.ends, prepend=0)
+            width = int(np.gcd.reduce(slab.ends)) if len(begins) > 1 else slab.width
             x = self._read(slab).reshape(-1, width)
             with _telling(slab, width):
                 rows = self._kernels.amax(x)
-            found = np.maximum.reduceat(rows, np.array(sizes) // width)
-            part = tops[slab.number : slab.number + len(sizes)]
+            found = np.maximum.reduceat(rows, begins // width)
+            part = tops[slab.number : slab.number + len(begins)]
             np.maximum(part, found, out=part)
         return tops
 
-    def outer(self, amax: Array, scheme: Scheme, dtype: str) -> Array:
-        """The scale above the blocks for the amax of each group."""
-        return outer_scale(amax, scheme, numpy_dtype(dtype), self._numerics)
+    def outer(self, amax: Array, weights: Weights) -> Array:
+        """The scale above the blocks for the amax of each group of these weights."""
+        dtype = DTYPES[weights.dtype].numpy
+        assert dtype is not None
+        return outer_scale(amax, weights.scheme, dtype, self._numerics)
 
-    def quantize(
-        self, work: list[Stretch], scheme: Scheme, outer: Array | None, shard: ShardWriter
-    ) -> None:
+    def quantize(self, work: list[Stretch], outer: Array | None, shard: ShardWriter) -> None:
         """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
         boxes = [Outbox(shard), Outbox(shard), Outbox(shard)]
         for slab in _slabs(work):
@@ -81,23 +80,24 @@ class Worker:
             above = None
             if outer is not None:
                 above = outer[slab.number : slab.number + len(slab.members)]
-            self._quantize_slab(slab, x, scheme, above, boxes)
+            self._quantize_slab(slab, x, above, boxes)
             if slab.first == 0:
-                _put_small(slab.members, above, shard)
-            self._progress(x.nbytes, slab.members[0].source.name)
+                _put_small(slab, above, shard)
+            self._progress(x.nbytes, slab.head.name)
         for box in boxes:
             box.flush()
 
     def _quantize_slab(
-        self, slab: Slab, x: Array, scheme: Scheme, above: Array | None, boxes: list[Outbox]
+        self, slab: Slab, x: Array, above: Array | None, boxes: list[Outbox]
     ) -> None:
-        head = slab.members[0]
+        scheme, layout = slab.weights.scheme, slab.layouts[0]
+        starts = slab.weights.starts[slab.members[0]].tolist()
         width = slab.width
         x = x.reshape(-1, width)
         if above is not None:
             above = np.repeat(above, np.diff(slab.ends, prepend=0) // width)
-        packing = head.layout.packing
-        entries = [(e, s) for e, s in zip(head.layout.entries, head.starts, strict=True) if e.rows]
+        packing = layout.packing
+        entries = [(e, s) for e, s in zip(layout.entries, starts, strict=True) if e.rows]
         views = []
         shapes = self._kernels.shapes(len(x), width, x.dtype, scheme, packing)
         for (shape, dtype), (e, start), box in zip(shapes, entries, boxes, strict=False):
@@ -133,7 +133,7 @@ class Worker:
     def _read(self, slab: Slab) -> Array:
         self._heed()
         part = self._arena[: slab.numel * slab.dtype.itemsize]
-        self._source.pread(slab.file, slab.start, part.data)
+        self._source.pread(slab.head.file, slab.start, part.data)
         return part.view(slab.dtype)
 
 
@@ -169,15 +169,16 @@ def _slabs(work: list[Stretch]) -> Iterator[Slab]:
         yield from slabs(stretch)
 
 
-def _put_small(members: list[Member], outer: Array | None, shard: ShardWriter) -> None:
+def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
-    head = members[0]
-    for i, (entry, start) in enumerate(zip(head.layout.entries, head.starts, strict=True)):
+    layouts = slab.layouts
+    starts = slab.weights.starts[slab.members[0]].tolist()
+    for i, (entry, start) in enumerate(zip(layouts[0].entries, starts, strict=True)):
         if entry.role == "global_scale":
             assert outer is not None
             shard.put_small(start, outer.tobytes())
         elif entry.role == "constant":
-            shard.put_small(start, b"".join([m.layout.entries[i].value for m in members]))
+            shard.put_small(start, b"".join([layout.entries[i].value for layout in layouts]))
 
 
 class _telling:
@@ -194,10 +195,9 @@ class _telling:
             return
         slab = self._slab
         at = error.row * self._width + error.col
-        number = bisect_right(slab.ends, at)
-        member = slab.members[number]
-        t = member.source
-        row, col = divmod(at - (slab.ends[number - 1] if number else 0), member.layout.cols)
+        number = int(np.searchsorted(slab.ends, at, "right"))
+        t = slab.weights.sources[slab.members[number]]
+        row, col = divmod(at - (int(slab.ends[number - 1]) if number else 0), t.shape[1])
         row += slab.first
         if error.what == "scale":
             raise StreamqError(

@@ -14,12 +14,12 @@ from streamq.errors import PlanError
 from streamq.families import Family
 from streamq.formats import compressed_tensors as fmt
 
-from .choose import block_warnings, choose, group, is_linear_like, notes, unused_patterns
+from .choose import block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
 from .place import place, slab_memory
-from .types import MAX_MEMORY, SLAB, Copy, Member, Options, Plan, ShardPlan, Step, slab_rows
+from .types import MAX_MEMORY, SLAB, Copy, Options, Plan, ShardPlan, Weights, slab_rows
 
 __all__ = [
-    "MAX_MEMORY", "SLAB", "Copy", "Member", "Options", "Plan", "ShardPlan", "Step", "make_plan",
+    "MAX_MEMORY", "SLAB", "Copy", "Options", "Plan", "ShardPlan", "Weights", "make_plan",
     "refuse_overlap", "slab_rows",
 ]  # fmt: skip
 
@@ -28,11 +28,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     """Decide everything. Raises PlanError, naming the tensor, for what cannot be done."""
     _refuse_quantized(source)
     family = Family(source.config)
-    weights, kept = choose(source, options, family)
-    groups = group(weights, kept, family)
-    warnings = [*unused_patterns(source, options), *block_warnings(groups, options.scheme)]
-    shards = place(groups, kept, options)
-    ignored = [t.name.removesuffix(".weight") for t, _, _ in kept if is_linear_like(t)]
+    chosen, kept = choose(source, options, family)
+    homes = fuse(chosen, kept, source, family)
+    warnings = [*unused_patterns(source, options), *block_warnings(chosen, homes, options.scheme)]
+    shards = place(source, chosen, homes, options)
+    unquantized = [(source.tensors[name], why) for name, why in kept.items()]
+    ignored = [t.name.removesuffix(".weight") for t, _ in unquantized if is_linear_like(t)]
     config = {**source.config, "quantization_config": fmt.config(options.scheme, sorted(ignored))}
     if not source.config:
         warnings.append("the source has no config.json; the new one holds quantization_config only")
@@ -42,7 +43,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         config=config,
         others=source.others,
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
-        unquantized=[(t, why) for t, why, _ in kept],
+        unquantized=unquantized,
         warnings=warnings,
         notes=[*source.oddities, *notes(family, options.scheme, options.input_scale)],
         bytes_in=source.nbytes,

@@ -1,34 +1,17 @@
-"""Which tensors are quantized, in which groups, and why the others are not."""
+"""Which tensors are quantized, which of them together, and why the others are not."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
-from streamq.families import Family, FusedGroup, collapse, is_expert_stack, matcher
+from streamq.families import Family, collapse, is_expert_stack, matcher
 from streamq.schemes import ALL, Scheme, block_text
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
 from .types import Options
-
-
-class Weight(NamedTuple):
-    """A tensor that will be quantized, before it has a place; ``position`` in the source."""
-
-    source: TensorInfo
-    module: str
-    position: int
-
-
-class Kept(NamedTuple):
-    """A tensor that stays as it is, and why."""
-
-    source: TensorInfo
-    reason: str
-    position: int
 
 
 def is_linear_like(t: TensorInfo) -> bool:
@@ -36,27 +19,26 @@ def is_linear_like(t: TensorInfo) -> bool:
     return len(t.shape) == 2 and t.name.endswith(".weight")
 
 
-def choose(source: Checkpoint, options: Options, family: Family) -> tuple[list[Weight], list[Kept]]:
-    """Split into what is quantized and what is kept, with the reason."""
+def choose(
+    source: Checkpoint, options: Options, family: Family
+) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors that are quantized; and by name, why which others are kept."""
     why_not = _rules(options, family)
-    weights: list[Weight] = []
-    kept: list[Kept] = []
+    chosen: list[TensorInfo] = []
+    kept: dict[str, str] = {}
     checked: set[tuple[int, ...]] = set()
-    for position, t in enumerate(source.tensors.values()):
-        module = t.name.removesuffix(".weight")
-        if reason := why_not(t, module):
-            kept.append(Kept(t, reason, position))
+    for name, t in source.tensors.items():
+        if reason := why_not(t, name.removesuffix(".weight")):
+            kept[name] = reason
             continue
         if t.shape not in checked:
             _check_shape(t, options.scheme)
             checked.add(t.shape)
-        weights.append(Weight(t, module, position))
-    if not weights:
-        reasons = ", ".join(
-            f"{n} x {why}" for why, n in Counter(k.reason for k in kept).most_common()
-        )
+        chosen.append(t)
+    if not chosen:
+        reasons = ", ".join(f"{n} x {why}" for why, n in Counter(kept.values()).most_common())
         raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
-    return weights, kept
+    return chosen, kept
 
 
 def _rules(options: Options, family: Family) -> Callable[[TensorInfo, str], str | None]:
@@ -111,33 +93,37 @@ def _check_shape(t: TensorInfo, scheme: Scheme) -> None:
         )
 
 
-def group(weights: list[Weight], kept: list[Kept], family: Family) -> list[list[Weight]]:
-    """Fused groups, each in the order of its table row, in the order of the source."""
-    groups: dict[tuple[str, str], list[Weight]] = {}
-    fused: dict[tuple[str, str], FusedGroup] = {}
-    for w in weights:
-        found = family.group_of(w.module)
-        if found is None:
-            groups[w.module, ""] = [w]
-            continue
-        key = (found[0], found[1].members[0])
-        if key in groups:
-            groups[key].append(w)
-            fused[key] = found[1]
-        else:
-            groups[key] = [w]
-    for key, row in fused.items():
-        groups[key].sort(key=lambda w: row.members.index(w.module.rpartition(".")[2]))
-    for t, why, _ in kept:
-        if not is_linear_like(t):
-            continue
+def fuse(
+    chosen: list[TensorInfo], kept: dict[str, str], source: Checkpoint, family: Family
+) -> list[TensorInfo]:
+    """For each chosen tensor the first one of its fused group, or itself.
+
+    Raises PlanError for a group that is quantized in part, or in two dtypes.
+    """
+    firsts: dict[tuple[str, str], TensorInfo] = {}
+    homes = []
+    for t in chosen:
         found = family.group_of(t.name.removesuffix(".weight"))
-        if found and (partners := groups.get((found[0], found[1].members[0]))):
+        if found is None:
+            homes.append(t)
+            continue
+        first = firsts.setdefault((found[0], found[1].members[0]), t)
+        homes.append(first)
+        if first.dtype != t.dtype:
             raise PlanError(
-                f"{partners[0].source.name!r} is quantized and {t.name!r} is not ({why}), but "
+                f"{first.name!r} is {first.dtype} and {t.name!r} is {t.dtype}, but loaders fuse "
+                f"them ({found[1].name}); ignore both, or give them one dtype."
+            )
+    for name, why in kept.items():
+        found = family.group_of(name.removesuffix(".weight"))
+        if found is None or not is_linear_like(source.tensors[name]):
+            continue
+        if partner := firsts.get((found[0], found[1].members[0])):
+            raise PlanError(
+                f"{partner.name!r} is quantized and {name!r} is not ({why}), but "
                 f"loaders fuse them ({found[1].name}); quantize or ignore both."
             )
-    return list(groups.values())
+    return homes
 
 
 def unused_patterns(source: Checkpoint, options: Options) -> list[str]:
@@ -151,16 +137,20 @@ def unused_patterns(source: Checkpoint, options: Options) -> list[str]:
     return unused
 
 
-def block_warnings(groups: list[list[Weight]], scheme: Scheme) -> list[str]:
+def block_warnings(chosen: list[TensorInfo], homes: list[TensorInfo], scheme: Scheme) -> list[str]:
     """Loaders that fuse 128x128-block weights need whole blocks in all members but the last."""
     rows = scheme.block[0]
     if rows in (1, ALL):
         return []
-    ragged = [w for g in groups if len(g) > 1 for w in g if w.source.shape[0] % rows]
+    fused = {home.name for t, home in zip(chosen, homes, strict=True) if t is not home}
+    ragged = [
+        t for t, home in zip(chosen, homes, strict=True)
+        if home.name in fused and t.shape[0] % rows
+    ]  # fmt: skip
     if not ragged:
         return []
     return [
-        f"{ragged[0].source.name!r} has {ragged[0].source.shape[0]} rows, not a multiple of "
+        f"{ragged[0].name!r} has {ragged[0].shape[0]} rows, not a multiple of "
         f"{rows}, in a fused group ({len(ragged)} such tensors): loaders that fuse it cannot join "
         "the scales"
     ]

@@ -2,170 +2,192 @@
 
 Inside a shard the tensors with the widest elements come first, so that each is aligned
 to its element without gaps (the format allows none, and torch views need it); among
-those of one width all codes, then all scales, each in source order. What a run of
-neighbouring weights becomes is therefore one run of bytes per kind of output.
+those of one width all codes, then all scales, each in the order of the steps. What a run
+of neighbouring weights becomes is therefore one run of bytes per kind of output.
+
+All in columns, numpy where they are numbers: 70,000 weights as objects that are sorted,
+split and numbered took 0.3 s, as columns 0.1 s.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, groupby
-from operator import attrgetter, itemgetter
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
+from streamq.checkpoint import Checkpoint
 from streamq.formats import compressed_tensors as fmt
 from streamq.formats.layout import Layout
-from streamq.schemes import Scheme
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.writer import build_header
 
-from .choose import Kept, Weight
-from .types import Copy, Member, Options, ShardPlan, Step, slab_rows
+from .types import Array, Copy, Options, ShardPlan, Weights, slab_rows
 
 
-class _Item(NamedTuple):
-    """What stays together in one shard: the weights of a step, or one tensor to copy."""
+class _Table(NamedTuple):
+    """All tensors that go to the output, a row each, by home and then as in the source.
 
-    position: int  # of its first member in the source
-    file: str  # of the same
-    tensors: list[TensorInfo]  # in the order of the source
-    layouts: list[Layout]  # empty for a copy
+    ``homes``: the position in the source of the first tensor that must be in the same shard.
+    ``kind``: number of the layout, -1 for what is copied. ``places``: file number, offset.
+    """
 
-    @property
-    def bytes_out(self) -> int:
-        if not self.layouts:
-            return self.tensors[0].nbytes
-        return sum([layout.bytes_out for layout in self.layouts])
+    tensors: list[TensorInfo]
+    homes: Array
+    kind: Array
+    places: Array
+    layouts: list[Layout]
+
+    def part(self, rows: Array | slice) -> _Table:
+        """Some of the rows."""
+        picked = np.arange(len(self.tensors))[rows].tolist()
+        tensors = [self.tensors[i] for i in picked]
+        return _Table(tensors, self.homes[rows], self.kind[rows], self.places[rows], self.layouts)
 
 
-def place(groups: list[list[Weight]], kept: list[Kept], options: Options) -> list[ShardPlan]:
-    """Assign items to shards, name the shards, compute offsets and headers."""
-    known: dict[tuple[tuple[int, ...], str], Layout] = {}
+def place(
+    source: Checkpoint, chosen: list[TensorInfo], homes: list[TensorInfo], options: Options
+) -> list[ShardPlan]:
+    """Assign tensors to shards, name the shards, compute offsets and headers.
 
-    def layout(t: TensorInfo) -> Layout:
-        made = known.get((t.shape, t.dtype))
-        if made is None:
-            rows, cols = t.shape
-            made = fmt.layout(rows, cols, t.dtype, options.scheme, options.input_scale)
-            known[t.shape, t.dtype] = made
-        return made
-
-    items = [_Item(k.position, k.source.file, [k.source], []) for k in kept]
-    for group in groups:
-        first = group[0]
-        tensors = [w.source for w in sorted(group, key=_POSITION)]
-        items.append(_Item(first.position, first.source.file, tensors, list(map(layout, tensors))))
-    items.sort(key=_BEGIN)
-    parts = _split(items, options.shard_size)
+    ``homes``: for each chosen tensor the one whose shard it shares, and whose scale if the
+    scheme has one above the blocks.
+    """
+    parts = list(_split(_table(source, chosen, homes, options), options.shard_size))
     if len(parts) == 1:
-        return [_lay_out("model.safetensors", parts[0], options.scheme)]
+        return [_lay_out("model.safetensors", parts[0], options)]
     return [
-        _lay_out(f"model-{i:05d}-of-{len(parts):05d}.safetensors", part, options.scheme)
+        _lay_out(f"model-{i:05d}-of-{len(parts):05d}.safetensors", part, options)
         for i, part in enumerate(parts, 1)
     ]
 
 
-_POSITION = attrgetter("position")
-_BEGIN = itemgetter(0)
+def _table(
+    source: Checkpoint, chosen: list[TensorInfo], homes: list[TensorInfo], options: Options
+) -> _Table:
+    tensors = list(source.tensors.values())
+    position = {t.name: i for i, t in enumerate(tensors)}
+    files = {file: i for i, file in enumerate(source.files)}
+    where = np.arange(len(tensors))
+    kind = np.full(len(tensors), -1)
+    rows = [position[t.name] for t in chosen]
+    where[rows] = [position[t.name] for t in homes]
+    numbers: dict[tuple[tuple[int, ...], str], int] = {}
+    kind[rows] = [numbers.setdefault((t.shape, t.dtype), len(numbers)) for t in chosen]
+    layouts = [fmt.layout(*shape, dtype, options.scheme, options.input_scale)
+               for shape, dtype in numbers]  # fmt: skip
+    places = np.array([[files[t.file] for t in tensors], [t.start for t in tensors]]).T
+    table = _Table(tensors, where, kind, places, layouts)
+    return table.part(np.argsort(where, kind="stable"))
 
 
-def _split(items: list[_Item], shard_size: int | None) -> list[list[_Item]]:
+def _split(table: _Table, shard_size: int | None) -> Iterator[_Table]:
     """As many shards as the source has, or shards of at most ``shard_size`` bytes."""
+    firsts = np.flatnonzero(np.diff(table.homes, prepend=-1))
     if shard_size is None:
-        return [list(part) for _, part in groupby(items, attrgetter("file"))]
-    shards: list[list[_Item]] = []
-    filled = 0
-    for item in items:
-        size = item.bytes_out
-        if not shards or filled + size > shard_size:
-            shards.append([])
-            filled = 0
-        filled += size
-        shards[-1].append(item)
-    return shards
+        file = table.places[firsts, 0]
+        cuts = firsts[np.flatnonzero(np.diff(file, prepend=-1))].tolist()
+    else:
+        out = [layout.bytes_out for layout in table.layouts]
+        sizes = [t.nbytes if k < 0 else out[k]
+                 for t, k in zip(table.tensors, table.kind.tolist(), strict=True)]  # fmt: skip
+        cuts, filled = [], 0
+        units = np.add.reduceat(np.array(sizes), firsts).tolist()
+        for first, size in zip(firsts.tolist(), units, strict=True):
+            if not cuts or filled + size > shard_size:
+                cuts.append(first)
+                filled = 0
+            filled += size
+    for begin, end in zip(cuts, [*cuts[1:], len(table.tensors)], strict=True):
+        yield table.part(slice(begin, end))
 
 
 class _Region(NamedTuple):
-    """Output tensors of one kind, one behind the other: as lists, for speed."""
+    """Output tensors of one kind, one behind the other."""
 
-    order: tuple[int, int]  # widest elements first, then by slot
     names: list[str]
     dtype: str
     shapes: list[tuple[int, ...]]
-    sizes: list[int]
-    starts: list[int]  # relative to the first data byte, filled in when all are known
+    sizes: Array
 
 
-def _lay_out(name: str, items: list[_Item], scheme: Scheme) -> ShardPlan:
+def _lay_out(name: str, table: _Table, options: Options) -> ShardPlan:
     """Offsets of one shard: first behind its first data byte, then behind its header."""
-    quantized = [(t, k) for item in items for t, k in zip(item.tensors, item.layouts, strict=False)]
-    copied = [item.tensors[0] for item in items if not item.layouts]
-    # By the dtype of the weight, because that of the scales may follow it.
-    classes = {
-        dtype: [(t, layout) for t, layout in quantized if t.dtype == dtype]
-        for dtype in dict.fromkeys([t.dtype for t, _ in quantized])
-    }
-    slots = {dtype: _regions_of(members) for dtype, members in classes.items()}
-    copies = {
-        dtype: _region(0, dtype, [t for t in copied if t.dtype == dtype])
-        for dtype in dict.fromkeys([t.dtype for t in copied])
-    }
-    regions = [*copies.values(), *(region for one in slots.values() for region in one)]
-    regions.sort(key=lambda region: region.order)
+    # By the dtype of the weight, because that of the scales may follow it; slot -1 is a copy.
+    dtypes = np.array([t.dtype for t in table.tensors])
+    groups: dict[str, _Table] = {}
+    copies: dict[str, _Table] = {}
+    regions: dict[tuple[str, int], _Region] = {}
+    for dtype in dict.fromkeys(dtypes.tolist()):
+        of_dtype = dtypes == dtype
+        if (of_dtype & (table.kind >= 0)).any():
+            groups[dtype] = table.part(of_dtype & (table.kind >= 0))
+            for slot, region in enumerate(_regions(groups[dtype])):
+                regions[dtype, slot] = region
+        if (of_dtype & (table.kind < 0)).any():
+            copies[dtype] = table.part(of_dtype & (table.kind < 0))
+            regions[dtype, -1] = _region_of_copies(dtype, copies[dtype].tensors)
+    order = sorted(regions, key=lambda key: (-DTYPES[regions[key].dtype].itemsize, key[1]))
+    starts: dict[tuple[str, int], Array] = {}
     at = 0
-    for region in regions:
-        offsets = list(accumulate(region.sizes, initial=at))
-        at = offsets.pop()
-        region.starts.extend(offsets)
-    header = build_header((r.names, r.dtype, r.shapes, r.starts, r.sizes) for r in regions)
+    for key in order:
+        sizes = regions[key].sizes
+        starts[key] = at + np.cumsum(sizes) - sizes
+        at += int(sizes.sum())
+    header = build_header((*regions[key][:3], starts[key], regions[key].sizes) for key in order)
     base = len(header)
-    names = [n for region in regions for n in region.names]
-    shard = ShardPlan(name, names=names, header=header, size=base + at)
-    places = {
-        dtype: zip(*[[base + start for start in region.starts] for region in one], strict=True)
-        for dtype, one in slots.items()
-    }
-    shard.steps = [
-        Step(scheme, tuple([
-            Member(t, layout, next(places[t.dtype]))
-            for t, layout in zip(item.tensors, item.layouts, strict=True)
-        ]))
-        for item in items if item.layouts
-    ]  # fmt: skip
-    of_copies = {dtype: iter(region.starts) for dtype, region in copies.items()}
-    shard.copies = [Copy(t, base + next(of_copies[t.dtype])) for t in copied]
-    return shard
+    return ShardPlan(
+        name,
+        [_weights(w, dtype, base, starts, options) for dtype, w in groups.items()],
+        [
+            Copy(t, start)
+            for dtype, w in copies.items()
+            for t, start in zip(w.tensors, (base + starts[dtype, -1]).tolist(), strict=True)
+        ],
+        [tensor for key in order for tensor in regions[key].names],
+        header,
+        base + at,
+    )
 
 
-def _regions_of(members: list[tuple[TensorInfo, Layout]]) -> list[_Region]:
+def _weights(
+    table: _Table, dtype: str, base: int, starts: dict[tuple[str, int], Array], options: Options
+) -> Weights:
+    used, kind = np.unique(table.kind, return_inverse=True)
+    layouts = [table.layouts[k] for k in used.tolist()]
+    columns = [base + starts[dtype, slot] for slot in range(len(layouts[0].entries))]
+    return Weights(
+        options.scheme, dtype, table.tensors, layouts, kind, table.homes, table.places,
+        np.stack(columns, axis=1),
+    )  # fmt: skip
+
+
+def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
-    modules = [t.name.removesuffix("weight") for t, _ in members]
-    regions = []
-    for slot, head in enumerate(members[0][1].entries):
-        entries = [layout.entries[slot] for _, layout in members]
+    modules = [t.name.removesuffix("weight") for t in weights.tensors]
+    kinds = weights.kind.tolist()
+    for slot, head in enumerate(weights.layouts[kinds[0]].entries):
         names = [module + head.suffix for module in modules]
-        shapes, sizes = [e.shape for e in entries], [e.size for e in entries]
-        order = (-DTYPES[head.dtype].itemsize, slot)
-        regions.append(_Region(order, names, head.dtype, shapes, sizes, []))
-    return regions
+        shapes = [layout.entries[slot].shape for layout in weights.layouts]
+        sizes = np.array([layout.sizes[slot] for layout in weights.layouts])[weights.kind]
+        yield _Region(names, head.dtype, [shapes[k] for k in kinds], sizes)
 
 
-def _region(slot: int, dtype: str, tensors: list[TensorInfo]) -> _Region:
-    order = (-DTYPES[dtype].itemsize, slot)
-    shapes, sizes = [t.shape for t in tensors], [t.nbytes for t in tensors]
-    return _Region(order, [t.name for t in tensors], dtype, shapes, sizes, [])
+def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:
+    sizes = np.array([t.nbytes for t in tensors])
+    return _Region([t.name for t in tensors], dtype, [t.shape for t in tensors], sizes)
 
 
 def slab_memory(shards: list[ShardPlan]) -> int:
     """Bytes of the buffers of one worker: its widest slab as read, widened to f32, and packed."""
     most = 0
-    for layout, t in {
-        (m.layout, m.source.shape[1], m.source.dtype): (m.layout, m.source)
-        for shard in shards for step in shard.steps for m in step.members
-    }.values():  # fmt: skip
-        row_bytes = t.shape[1] * DTYPES[t.dtype].itemsize
+    for layout, dtype in {
+        (layout, w.dtype) for shard in shards for w in shard.weights for layout in w.layouts
+    }:
+        row_bytes = layout.cols * DTYPES[dtype].itemsize
         rows = slab_rows(layout, row_bytes)
-        widened = 4 * t.shape[1] * rows if t.dtype == "F16" else 0
-        packed = layout.packing.row_bytes(t.shape[1]) * rows
+        widened = 4 * layout.cols * rows if dtype == "F16" else 0
+        packed = layout.packing.row_bytes(layout.cols) * rows
         scales = 8 * rows * sum(e.shape[-1] for e in layout.entries if e.role == "scale")
         most = max(most, row_bytes * rows + widened + packed + scales)
     return most

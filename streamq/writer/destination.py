@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ class Destination:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON object, keys in the order given, indented as the Hub has them."""
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_text(self, name: str, pieces: Iterable[str]) -> None:
         """Write a text file in UTF-8."""
         target = self.partial / name
         with naming(name):
-            target.write_text(text, "utf-8")
+            with target.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece.encode())
             self._sync_path(target)
 
     def commit(self) -> None:

@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamq.errors import WriteError
 
 from .disk import SyncPool, naming
@@ -23,7 +25,8 @@ from .disk import SyncPool, naming
 SYNC_EVERY = 128 << 20
 
 
-Region = tuple[list[str], str, list[tuple[int, ...]], list[int], list[int]]
+Column = np.ndarray[Any, Any]
+Region = tuple[list[str], str, list[tuple[int, ...]], Column, Column]
 
 
 def quoted(names: list[str]) -> list[str]:
@@ -38,25 +41,23 @@ def quoted(names: list[str]) -> list[str]:
 def build_header(regions: Iterable[Region]) -> bytes:
     """The length and JSON that open a file.
 
-    Takes lists ``(names, dtype, shapes, starts, sizes)`` in the order of the data, offsets
+    Takes columns ``(names, dtype, shapes, starts, sizes)`` in the order of the data, offsets
     counted from the first data byte. Padded with spaces to a multiple of 8, as the format's
     owner does, so that data starts aligned. ``format: pt`` because loaders refuse files
-    without it. Joins columns instead of formatting entries: 8 against 23 ms for 70,000.
+    without it. Filled in at once, as formatting each entry takes twice as long.
     """
     parts = ['{"__metadata__":{"format":"pt"}']
     for names, dtype, shapes, starts, sizes in regions:
-        middles = {
-            shape: f'":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+        forms = {
+            shape: f',"%s":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],'
+            '"data_offsets":[%d,%d]}'
             for shape in set(shapes)
         }
-        columns = [""] * (6 * len(names))
-        columns[0::6] = [',"'] * len(names)
-        columns[1::6] = quoted(names)
-        columns[2::6] = map(middles.__getitem__, shapes)
-        columns[3::6] = map(str, starts)
-        columns[4::6] = [","] * len(names)
-        columns[5::6] = [f"{start + size}]}}" for start, size in zip(starts, sizes, strict=True)]
-        parts += columns
+        values: list[str | int] = [0] * (3 * len(names))
+        values[0::3] = quoted(names)
+        values[1::3] = starts.tolist()
+        values[2::3] = (starts + sizes).tolist()
+        parts.append("".join(map(forms.__getitem__, shapes)) % tuple(values))
     text = "".join(parts).encode() + b"}"
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
