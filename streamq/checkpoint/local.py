@@ -160,14 +160,15 @@ def _open(
 
 
 def _compare_with_index(checkpoint: Checkpoint, index: dict[str, str]) -> None:
+    if {name: t.file for name, t in checkpoint.tensors.items()} == index:
+        return
     for name, file in index.items():
         t = checkpoint.tensors.get(name)
         if t is None or t.file != file:
             where = "no shard has it" if t is None else f"it is in {t.file}"
             raise CheckpointError(f"the index says that {file} holds tensor {name!r}, but {where}.")
-    if len(index) != len(checkpoint.tensors):
-        t = next(t for t in checkpoint.tensors.values() if t.name not in index)
-        raise CheckpointError(f"{t.file} holds tensor {t.name!r}, which the index does not name.")
+    t = next(t for t in checkpoint.tensors.values() if t.name not in index)
+    raise CheckpointError(f"{t.file} holds tensor {t.name!r}, which the index does not name.")
 
 
 def _find_index(root: Path) -> Path | None:
@@ -185,12 +186,13 @@ def _read_index(path: Path) -> dict[str, str]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path.name}: weight_map must map tensor names to files.")
-    for name, file in index.items():
+    files = set(index.values()) if set(map(type, index.values())) == {str} else index.values()
+    for file in files:
         if not isinstance(file, str) or not file.endswith(".safetensors"):
+            name = next(name for name in index if index[name] == file)
             raise CheckpointError(
                 f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
             )
-    for file in set(index.values()):
         if os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
     return index

@@ -39,8 +39,9 @@ class Stretch(NamedTuple):
 class Slab(NamedTuple):
     """What is read, quantized and written in one go: ``members`` whole, or rows of one.
 
-    ``layout`` and ``places`` (absolute offsets of the entries) are the first member's.
-    ``start``: absolute byte offset in its file. ``ends`` counts elements from there.
+    ``start``: absolute byte offset in the file of the first member. ``ends`` counts
+    elements from there. ``width``: columns of the matrix that the slab is quantized as,
+    ``span`` of the one that each member is whole rows of.
     """
 
     weights: Weights
@@ -49,34 +50,14 @@ class Slab(NamedTuple):
     first: int
     number: int
     start: int
-    dtype: np.dtype[Any]
+    layout: Layout
+    width: int
+    span: int
 
     @property
     def head(self) -> TensorInfo:
         """The first member."""
         return self.weights.sources[int(self.members[0])]
-
-    @property
-    def layouts(self) -> list[Layout]:
-        """Of each member."""
-        return [self.weights.layouts[k] for k in self.weights.kind[self.members].tolist()]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(self.ends[-1])
-
-    @property
-    def width(self) -> int:
-        """Columns of the matrix that the slab is seen as.
-
-        Flat weights may be seen as rows of any length that divides them; long ones cost less.
-        """
-        layouts = self.layouts
-        if len(layouts) == 1 or not layouts[0].flat:
-            return layouts[0].cols
-        width = int(np.gcd.reduce(self.ends))
-        return width if width <= ROW else int(np.gcd.reduce([x.cols for x in layouts]))
 
 
 def stretches(weights: Weights, members: Array) -> Iterator[Stretch]:
@@ -112,23 +93,35 @@ def _continues(weights: Weights, members: Array) -> Array:
 def slabs(stretch: Stretch) -> Iterator[Slab]:
     """Cut a stretch into slabs: between members, or between the rows of a single one."""
     weights, members, ends, first, number = stretch
-    dtype = DTYPES[weights.dtype].numpy
-    assert dtype is not None
+    itemsize = DTYPES[weights.dtype].itemsize
+    layout = weights.layouts[int(weights.kind[members[0]])]
+    cols = layout.cols
     start = int(weights.places[members[0], 1])
     if len(members) == 1:
-        layout = weights.layouts[weights.kind[members[0]]]
-        row_bytes = layout.cols * dtype.itemsize
+        row_bytes = cols * itemsize
         height = slab_rows(layout, row_bytes)
-        last = first + int(ends[0]) // layout.cols
+        last = first + int(ends[0]) // cols
         for row in range(first, last, height):
-            numel = np.array([(min(row + height, last) - row) * layout.cols])
-            yield Slab(weights, members, numel, row, number, start + row * row_bytes, dtype)
+            numel = np.array([(min(row + height, last) - row) * cols])
+            at = start + row * row_bytes
+            yield Slab(weights, members, numel, row, number, at, layout, cols, cols)
         return
+    # Flat weights may be seen as rows of any length that divides them; long ones cost less.
+    span = width = int(np.gcd.reduce(ends))
+    if not layout.flat or width > ROW:
+        width = int(np.gcd.reduce(weights.column(lambda x: x.cols)[members]))
     begun, before = 0, 0
-    while begun < len(members):
-        limit = before + SLAB // dtype.itemsize
-        end = max(begun + 1, int(np.searchsorted(ends, limit, "right")))
+    for end in _cuts(ends, SLAB // itemsize):
         part = ends[begun:end] - before
-        at = start + before * dtype.itemsize
-        yield Slab(weights, members[begun:end], part, 0, number + begun, at, dtype)
-        begun, before = end, int(ends[end - 1])
+        at = start + before * itemsize
+        yield Slab(weights, members[begun:end], part, 0, number + begun, at, layout, width, span)
+        begun, before = end, before + int(part[-1])
+
+
+def _cuts(ends: Array, limit: int) -> Iterator[int]:
+    """Where to cut, so that as many members as fit into ``limit`` elements stay together."""
+    before, begun = 0, 0
+    while begun < len(ends):
+        begun = max(begun + 1, int(np.searchsorted(ends, before + limit, "right")))
+        before = int(ends[begun - 1])
+        yield begun

@@ -57,11 +57,10 @@ class Worker:
         tops = np.zeros(count, np.float32)
         for slab in _slabs(work):
             begins = slab.ends - np.diff(slab.ends, prepend=0)
-            width = int(np.gcd.reduce(slab.ends)) if len(begins) > 1 else slab.width
-            x = self._read(slab).reshape(-1, width)
-            with _telling(slab, width):
+            x = self._read(slab).reshape(-1, slab.span)
+            with _telling(slab, slab.span):
                 rows = self._kernels.amax(x)
-            found = np.maximum.reduceat(rows, begins // width)
+            found = np.maximum.reduceat(rows, begins // slab.span)
             part = tops[slab.number : slab.number + len(begins)]
             np.maximum(part, found, out=part)
         return tops
@@ -90,9 +89,8 @@ class Worker:
     def _quantize_slab(
         self, slab: Slab, x: Array, above: Array | None, boxes: list[Outbox]
     ) -> None:
-        scheme, layout = slab.weights.scheme, slab.layouts[0]
+        scheme, layout, width = slab.weights.scheme, slab.layout, slab.width
         starts = slab.weights.starts[slab.members[0]].tolist()
-        width = slab.width
         x = x.reshape(-1, width)
         if above is not None:
             above = np.repeat(above, np.diff(slab.ends, prepend=0) // width)
@@ -132,9 +130,11 @@ class Worker:
 
     def _read(self, slab: Slab) -> Array:
         self._heed()
-        part = self._arena[: slab.numel * slab.dtype.itemsize]
+        dtype = DTYPES[slab.weights.dtype].numpy
+        assert dtype is not None
+        part = self._arena[: int(slab.ends[-1]) * dtype.itemsize]
         self._source.pread(slab.head.file, slab.start, part.data)
-        return part.view(slab.dtype)
+        return part.view(dtype)
 
 
 class Outbox:
@@ -171,14 +171,16 @@ def _slabs(work: list[Stretch]) -> Iterator[Slab]:
 
 def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
-    layouts = slab.layouts
-    starts = slab.weights.starts[slab.members[0]].tolist()
-    for i, (entry, start) in enumerate(zip(layouts[0].entries, starts, strict=True)):
+    weights = slab.weights
+    starts = weights.starts[slab.members[0]].tolist()
+    for i, (entry, start) in enumerate(zip(slab.layout.entries, starts, strict=True)):
         if entry.role == "global_scale":
             assert outer is not None
             shard.put_small(start, outer.tobytes())
         elif entry.role == "constant":
-            shard.put_small(start, b"".join([layout.entries[i].value for layout in layouts]))
+            values = [layout.entries[i].value for layout in weights.layouts]
+            kinds = weights.kind[slab.members].tolist()
+            shard.put_small(start, b"".join([values[k] for k in kinds]))
 
 
 class _telling:
