@@ -13,7 +13,7 @@ from streamq.writer import Destination, ShardWriter, build_header, check_destina
 from streamq.writer import shard as shard_module
 from streamq.writer.disk import SyncPool
 
-HEADER = build_header([(["a"], "U8", [(4,)], np.array([0]), np.array([4]))])
+HEADER = build_header([(["a"], "U8", [(4,)], [0], np.array([0]), np.array([4]))])
 SIZE = len(HEADER) + 4
 
 

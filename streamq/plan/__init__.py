@@ -28,11 +28,13 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     """Decide everything. Raises PlanError, naming the tensor, for what cannot be done."""
     _refuse_quantized(source)
     family = Family(source.config)
-    chosen, kept = choose(source, options, family)
-    homes = fuse(chosen, kept, source, family)
-    warnings = [*unused_patterns(source, options), *block_warnings(chosen, homes, options.scheme)]
-    shards = place(source, chosen, homes, options)
-    unquantized = [(source.tensors[name], why) for name, why in kept.items()]
+    tensors = list(source.tensors.values())
+    chosen, kept = choose(tensors, options, family)
+    homes = fuse(tensors, chosen, kept, family)
+    warnings = unused_patterns(source, options)
+    warnings += block_warnings(tensors, chosen, homes, options.scheme)
+    shards = place(tensors, source.files, chosen, homes, options)
+    unquantized = [(tensors[i], why) for i, why in kept.items()]
     ignored = [t.name.removesuffix(".weight") for t, _ in unquantized if is_linear_like(t)]
     config = {**source.config, "quantization_config": fmt.config(options.scheme, sorted(ignored))}
     if not source.config:

@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint
 from streamq.formats import compressed_tensors as fmt
 from streamq.formats.layout import Layout
 from streamq.tensors import DTYPES, TensorInfo
-from streamq.writer import build_header
+from streamq.writer import build_header, quoted
 
 from .types import Array, Copy, Options, ShardPlan, Weights, slab_rows
 
@@ -46,14 +45,20 @@ class _Table(NamedTuple):
 
 
 def place(
-    source: Checkpoint, chosen: list[TensorInfo], homes: list[TensorInfo], options: Options
+    tensors: list[TensorInfo],
+    files: list[str],
+    chosen: list[int],
+    homes: list[int],
+    options: Options,
 ) -> list[ShardPlan]:
     """Assign tensors to shards, name the shards, compute offsets and headers.
 
-    ``homes``: for each chosen tensor the one whose shard it shares, and whose scale if the
-    scheme has one above the blocks.
+    ``tensors`` in the order of ``files`` and of their data; ``chosen``: which of them are
+    quantized; ``homes``: for each of those the one whose shard it shares, and whose scale
+    if the scheme has one above the blocks.
     """
-    parts = list(_split(_table(source, chosen, homes, options), options.shard_size))
+    table = _table(tensors, files, chosen, homes, options)
+    parts = list(_split(table, options.shard_size))
     if len(parts) == 1:
         return [_lay_out("model.safetensors", parts[0], options)]
     return [
@@ -63,20 +68,24 @@ def place(
 
 
 def _table(
-    source: Checkpoint, chosen: list[TensorInfo], homes: list[TensorInfo], options: Options
+    tensors: list[TensorInfo],
+    files: list[str],
+    chosen: list[int],
+    homes: list[int],
+    options: Options,
 ) -> _Table:
-    tensors = list(source.tensors.values())
-    position = {t.name: i for i, t in enumerate(tensors)}
-    files = {file: i for i, file in enumerate(source.files)}
-    where = np.arange(len(tensors))
-    kind = np.full(len(tensors), -1)
-    rows = [position[t.name] for t in chosen]
-    where[rows] = [position[t.name] for t in homes]
     numbers: dict[tuple[tuple[int, ...], str], int] = {}
-    kind[rows] = [numbers.setdefault((t.shape, t.dtype), len(numbers)) for t in chosen]
-    layouts = [fmt.layout(*shape, dtype, options.scheme, options.input_scale)
-               for shape, dtype in numbers]  # fmt: skip
-    places = np.array([[files[t.file] for t in tensors], [t.start for t in tensors]]).T
+    kind = np.full(len(tensors), -1)
+    kind[chosen] = [
+        numbers.setdefault((tensors[i].shape, tensors[i].dtype), len(numbers)) for i in chosen
+    ]
+    layouts = [
+        fmt.layout(*shape, dtype, options.scheme, options.input_scale) for shape, dtype in numbers
+    ]
+    where = np.arange(len(tensors))
+    where[chosen] = homes
+    file_numbers = {file: i for i, file in enumerate(files)}
+    places = np.array([[file_numbers[t.file] for t in tensors], [t.start for t in tensors]]).T
     table = _Table(tensors, where, kind, places, layouts)
     return table.part(np.argsort(where, kind="stable"))
 
@@ -103,11 +112,12 @@ def _split(table: _Table, shard_size: int | None) -> Iterator[_Table]:
 
 
 class _Region(NamedTuple):
-    """Output tensors of one kind, one behind the other."""
+    """Output tensors of one kind, one behind the other; names as JSON spells them."""
 
     names: list[str]
     dtype: str
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...]]  # the distinct ones
+    kinds: list[int]  # of each tensor the number of its shape
     sizes: Array
 
 
@@ -134,7 +144,7 @@ def _lay_out(name: str, table: _Table, options: Options) -> ShardPlan:
         sizes = regions[key].sizes
         starts[key] = at + np.cumsum(sizes) - sizes
         at += int(sizes.sum())
-    header = build_header((*regions[key][:3], starts[key], regions[key].sizes) for key in order)
+    header = build_header((*regions[key][:4], starts[key], regions[key].sizes) for key in order)
     base = len(header)
     return ShardPlan(
         name,
@@ -164,18 +174,21 @@ def _weights(
 
 def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
-    modules = [t.name.removesuffix("weight") for t in weights.tensors]
+    modules = quoted([t.name.removesuffix("weight") for t in weights.tensors])
     kinds = weights.kind.tolist()
     for slot, head in enumerate(weights.layouts[kinds[0]].entries):
         names = [module + head.suffix for module in modules]
         shapes = [layout.entries[slot].shape for layout in weights.layouts]
         sizes = np.array([layout.sizes[slot] for layout in weights.layouts])[weights.kind]
-        yield _Region(names, head.dtype, [shapes[k] for k in kinds], sizes)
+        yield _Region(names, head.dtype, shapes, kinds, sizes)
 
 
 def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:
+    shapes = list(dict.fromkeys(t.shape for t in tensors))
+    numbers = {shape: i for i, shape in enumerate(shapes)}
     sizes = np.array([t.nbytes for t in tensors])
-    return _Region([t.name for t in tensors], dtype, [t.shape for t in tensors], sizes)
+    names = quoted([t.name for t in tensors])
+    return _Region(names, dtype, shapes, [numbers[t.shape] for t in tensors], sizes)
 
 
 def slab_memory(shards: list[ShardPlan]) -> int:

@@ -12,7 +12,6 @@ from streamq.errors import PlanError
 from streamq.formats.layout import Layout
 from streamq.schemes import Numerics, Scheme
 from streamq.tensors import TensorInfo
-from streamq.writer import quoted
 
 Array = np.ndarray[Any, Any]
 
@@ -81,7 +80,7 @@ class ShardPlan:
     name: str
     weights: list[Weights]
     copies: list[Copy]
-    names: list[str]  # of all tensors, in the order of their data
+    names: list[str]  # of all tensors, in the order of their data, as JSON spells them
     header: bytes
     size: int
 
@@ -123,7 +122,7 @@ class Plan:
         comma = ""
         for s in self.shards:
             between = f'": "{s.name}",\n    "'
-            yield f'{comma}\n    "{between.join(quoted(s.names))}": "{s.name}"'
+            yield f'{comma}\n    "{between.join(s.names)}": "{s.name}"'
             comma = ","
         yield "\n  }\n}\n"
 
