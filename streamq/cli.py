@@ -7,13 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from streamq.errors import StreamqError, VerifyError
 
 INTERRUPTED = 130
+
+#: Plans stay here until the process ends; freeing one of 70,000 tensors takes 0.06 s.
+_plans: list[object] = []
 
 
 class _Group(click.Group):
@@ -145,6 +148,7 @@ def _plan(src: str, dst: str | None, o: dict[str, Any]) -> None:
 
     with open_checkpoint(src) as source:
         made = make_plan(source, _options(o))
+        _plans.append(made)
         workers = made.workers_within(o["workers"] or default_workers(), o["max_memory"])
         free = free_bytes(Path(dst)) if dst else None
         if o["as_json"]:
@@ -184,6 +188,7 @@ def convert(src: str, dst: str, **o: Any) -> None:
     refuse_overlap(src, dst)
     with open_checkpoint(src) as source:
         made = make_plan(source, _options(o))
+        _plans.append(made)
         workers = made.workers_within(o["workers"] or default_workers(), o["max_memory"])
         free = check_destination(Path(dst), made.disk_needed, o["overwrite"])
         for line in show.plan_lines(made, workers, free):
@@ -271,18 +276,25 @@ def _number(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the ``streamq`` command.
 
     The cyclic garbage collector stays off: plans are trees of up to a million small
-    tuples without cycles, and walking them again and again took 0.8 of 1.8 s of planning
-    70,000 tensors. Frozen, they are spared the collection at exit too.
+    objects without cycles, and walking them again and again took 0.8 of 1.8 s of planning
+    70,000 tensors. At the end nothing is torn down, as all files are closed by then.
     """
     gc.disable()
+    code: object = 0
     try:
         cli(prog_name="streamq")
-    finally:
-        gc.freeze()
+    except SystemExit as e:
+        code = e.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nowhere left to say so
+        code = code or 1
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

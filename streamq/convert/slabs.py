@@ -39,13 +39,14 @@ class Stretch(NamedTuple):
 class Slab(NamedTuple):
     """What is read, quantized and written in one go: ``members`` whole, or rows of one.
 
-    ``start``: absolute byte offset in the file of the first member. ``ends`` counts
-    elements from there. ``width``: columns of the matrix that the slab is quantized as,
+    ``start``: absolute byte offset in the file of the first member. ``begins`` and ``ends``
+    count elements from there. ``width``: columns of the matrix that the slab is quantized as,
     ``span`` of the one that each member is whole rows of.
     """
 
     weights: Weights
     members: Array
+    begins: Array
     ends: Array
     first: int
     number: int
@@ -104,18 +105,21 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
         for row in range(first, last, height):
             numel = np.array([(min(row + height, last) - row) * cols])
             at = start + row * row_bytes
-            yield Slab(weights, members, numel, row, number, at, layout, cols, cols)
+            yield Slab(weights, members, 0 * numel, numel, row, number, at, layout, cols, cols)
         return
     # Flat weights may be seen as rows of any length that divides them; long ones cost less.
     span = width = int(np.gcd.reduce(ends))
     if not layout.flat or width > ROW:
         width = int(np.gcd.reduce(weights.column(lambda x: x.cols)[members]))
-    begun, before = 0, 0
+    begins = np.concatenate(([0], ends[:-1]))
+    begun = 0
     for end in _cuts(ends, SLAB // itemsize):
-        part = ends[begun:end] - before
-        at = start + before * itemsize
-        yield Slab(weights, members[begun:end], part, 0, number + begun, at, layout, width, span)
-        begun, before = end, before + int(part[-1])
+        before = int(begins[begun])
+        yield Slab(
+            weights, members[begun:end], begins[begun:end] - before, ends[begun:end] - before,
+            0, number + begun, start + before * itemsize, layout, width, span,
+        )  # fmt: skip
+        begun = end
 
 
 def _cuts(ends: Array, limit: int) -> Iterator[int]:

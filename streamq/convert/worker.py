@@ -56,12 +56,11 @@ class Worker:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
         tops = np.zeros(count, np.float32)
         for slab in _slabs(work):
-            begins = slab.ends - np.diff(slab.ends, prepend=0)
             x = self._read(slab).reshape(-1, slab.span)
             with _telling(slab, slab.span):
                 rows = self._kernels.amax(x)
-            found = np.maximum.reduceat(rows, begins // slab.span)
-            part = tops[slab.number : slab.number + len(begins)]
+            found = np.maximum.reduceat(rows, slab.begins // slab.span)
+            part = tops[slab.number : slab.number + len(slab.begins)]
             np.maximum(part, found, out=part)
         return tops
 
@@ -93,7 +92,7 @@ class Worker:
         starts = slab.weights.starts[slab.members[0]].tolist()
         x = x.reshape(-1, width)
         if above is not None:
-            above = np.repeat(above, np.diff(slab.ends, prepend=0) // width)
+            above = np.repeat(above, (slab.ends - slab.begins) // width)
         packing = layout.packing
         entries = [(e, s) for e, s in zip(layout.entries, starts, strict=True) if e.rows]
         views = []
