@@ -24,13 +24,13 @@ from .bits import (
 
 
 @register_jitable
-def _codes(part, d, rounding, out):
+def _codes(x, start, stop, d, rounding, out):
     if rounding > ROUND_F32:
-        for i in range(u64(part.size)):
-            out[i] = u8(e4m3_code(round_to(f32(value(part, i) / d), rounding)))
+        for i in range(start, stop):
+            out[i] = u8(e4m3_code(round_to(f32(value(x, i) / d), rounding)))
     else:
-        for i in range(u64(part.size)):
-            out[i] = u8(e4m3_code(f32(value(part, i) / d)))
+        for i in range(start, stop):
+            out[i] = u8(e4m3_code(f32(value(x, i) / d)))
 
 
 @nb.njit(**JIT)
@@ -47,8 +47,7 @@ def fp8_blocks(
     rows, cols = u64(x.shape[0]), u64(x.shape[1])
     height, width = u64(br), u64(bc)
     blocks = (cols + width - u64(1)) // width
-    # Slices of the flat arrays: a row as an array of its own costs 20 ns (6.1 against 7.8 GB/s
-    # at 256 columns).
+    # Flat, because a row as an array of its own costs 20 ns: a quarter of the time at 256 columns.
     flat, flat_codes = x.reshape(x.size), codes.reshape(codes.size)
     top = np.empty(blocks, np.uint32)
     largest = u32(0)
@@ -67,7 +66,7 @@ def fp8_blocks(
         for r in range(first, last):
             for b in range(blocks):
                 start, stop = r * cols + b * width, r * cols + min(cols, (b + u64(1)) * width)
-                _codes(flat[start:stop], row_scale[b], quotient, flat_codes[start:stop])
+                _codes(flat, start, stop, row_scale[b], quotient, flat_codes)
     return largest
 
 
@@ -81,5 +80,5 @@ def fp8_rows(x: Any, scale: Any, quotient: int, codes: Any) -> Any:
     for r in range(u64(x.shape[0])):
         row = x[r]
         largest = max(largest, widen(amax_bits(row, u64(0), u64(row.size))))
-        _codes(row, scale[r], quotient, codes[r])
+        _codes(row, u64(0), u64(row.size), scale[r], quotient, codes[r])
     return largest

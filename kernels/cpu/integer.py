@@ -87,16 +87,14 @@ def int_symmetric(
             row_scale[g] = eps if s == f32(0) else s
         out = row_codes if packed_bits else codes[r]
         for g in range(groups):
-            part = row[g * width : g * width + width]
-            o = out[g * width : g * width + width]
             d = row_scale[g]
             if quotient > ROUND_F32:
-                for i in range(u64(part.size)):
-                    q = round_to(f32(value(part, i) / d), quotient)
-                    o[i] = u8(rint_code(q, lo, hi) + offset)
+                for i in range(g * width, g * width + width):
+                    q = round_to(f32(value(row, i) / d), quotient)
+                    out[i] = u8(rint_code(q, lo, hi) + offset)
             else:
-                for i in range(u64(part.size)):
-                    o[i] = u8(rint_code(f32(value(part, i) / d), lo, hi) + offset)
+                for i in range(g * width, g * width + width):
+                    out[i] = u8(rint_code(f32(value(row, i) / d), lo, hi) + offset)
         if packed_bits:
             _pack_words(row_codes, u64(packed_bits), codes[r])
     return largest
@@ -122,13 +120,12 @@ def int_asymmetric(
         row, row_scale, row_zero = x[r], scale[r], zero_point[r]
         out = row_codes if packed_bits else codes[r]
         for g in range(groups):
-            part = row[g * width : g * width + width]
-            o = out[g * width : g * width + width]
-            largest = max(largest, widen(amax_bits(part, u64(0), width)))
+            start, stop = g * width, g * width + width
+            largest = max(largest, widen(amax_bits(row, start, stop)))
             least, most = zero_key(x), zero_key(x)
-            for i in range(width):
-                least = min(least, key(part, i))
-                most = max(most, key(part, i))
+            for i in range(start, stop):
+                least = min(least, key(row, i))
+                most = max(most, key(row, i))
             low, high = key_value(least), key_value(most)
             s = round_to(f32(round_to(f32(high - low), step) / f32(hi - lo)), stored)
             z = f32(0)
@@ -141,13 +138,13 @@ def int_asymmetric(
             row_scale[g] = s
             row_zero[g] = np.int8(z)
             if step > ROUND_F32:
-                for i in range(width):
-                    q = round_to(f32(round_to(f32(value(part, i) / s), step) + z), step)
-                    o[i] = u8(rint_code(q, lo, hi) + offset)
+                for i in range(start, stop):
+                    q = round_to(f32(round_to(f32(value(row, i) / s), step) + z), step)
+                    out[i] = u8(rint_code(q, lo, hi) + offset)
             else:
-                for i in range(width):
-                    q = f32(f32(value(part, i) / s) + z)
-                    o[i] = u8(rint_code(q, lo, hi) + offset)
+                for i in range(start, stop):
+                    q = f32(f32(value(row, i) / s) + z)
+                    out[i] = u8(rint_code(q, lo, hi) + offset)
         if packed_bits:
             _pack_words(row_codes, u64(packed_bits), codes[r])
     return largest
