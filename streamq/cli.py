@@ -164,6 +164,7 @@ def _plan(src: str, dst: str | None, o: dict[str, Any]) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
+@click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def convert(src: str, dst: str, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
@@ -178,6 +179,7 @@ def convert(src: str, dst: str, **o: Any) -> None:
     from streamq.convert import convert as run
     from streamq.convert import default_workers
     from streamq.plan import make_plan, refuse_overlap
+    from streamq.progress import progress
     from streamq.tensors import size_text
     from streamq.writer import check_destination
 
@@ -193,16 +195,18 @@ def convert(src: str, dst: str, **o: Any) -> None:
         free = check_destination(Path(dst), made.disk_needed, o["overwrite"])
         for line in show.plan_lines(made, workers, free):
             say(line)
-        with show.progress(made.bytes_in, "converting", o["quiet"] or o["as_json"]) as advance:
+        with progress(made.bytes_in, "converting", o["quiet"] or o["as_json"]) as advance:
             summary = run(
                 source, made, dst, workers=workers, max_memory=o["max_memory"],
-                sync=not o["no_sync"], overwrite=o["overwrite"], progress=advance, notify=say,
+                sync=not o["no_sync"], overwrite=o["overwrite"], stats=o["stats"],
+                progress=advance, notify=say,
             )  # fmt: skip
     if o["as_json"]:
         click.echo(json.dumps({
             "dst": dst, "scheme": made.options.scheme.name, "bytes_in": summary.bytes_in,
             "bytes_out": summary.bytes_out, "seconds": summary.seconds,
             "workers": summary.workers, "backend": summary.backend,
+            **(show.quality_json(summary.quality) if summary.quality else {}),
         }))  # fmt: skip
     say(
         f"{dst}: {size_text(summary.bytes_out)}, "
@@ -210,6 +214,9 @@ def convert(src: str, dst: str, **o: Any) -> None:
         f"({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
         f"{summary.workers} workers, {summary.backend}"
     )
+    if summary.quality:
+        for line in show.quality_lines(summary.quality):
+            say(line)
 
 
 @cli.command()
@@ -242,38 +249,32 @@ def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
     from streamq import show
     from streamq.checkpoint import open_checkpoint
     from streamq.convert import default_workers
+    from streamq.progress import progress
     from streamq.verify import verify as run
 
     with open_checkpoint(source) if source else nullcontext() as original:
         total = original.nbytes if original else 0
-        with show.progress(total, "verifying", quiet or as_json or not original) as advance:
+        with progress(total, "verifying", quiet or as_json or not original) as advance:
             report = run(dst, original, workers=default_workers(), progress=advance)
     if as_json:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
             "quantized": report.quantized, "failures": report.failures,
-            "sqnr_db": _number(report.total_sqnr) if source else None,
-            "sqnr_db_by_tensor": {name: _number(db) for name, db in report.sqnr.items()},
+            **show.quality_json(report.quality),
         }))  # fmt: skip
     elif not report.failures and not quiet:
         click.echo(
             f"{dst}: ok; {report.tensors} tensors, {report.quantized} weights in {report.scheme}"
         )
-        if source and report.sqnr:
-            worst = sorted(report.sqnr.items(), key=lambda item: item[1])[:5]
-            click.echo(f"every element within its bound; SQNR {report.total_sqnr:.2f} dB, lowest:")
-            for name, db in worst:
-                click.echo(f"  {db:6.2f} dB  {name}")
+        if source:
+            click.echo("every element within its bound")
+            for line in show.quality_lines(report.quality):
+                click.echo(line)
     if report.failures:
         for failure in report.failures:
             click.echo(f"failed: {failure}", err=True)
         n = len(report.failures)
         raise VerifyError(f"{dst}: {n} {'check' if n == 1 else 'checks'} failed.")
-
-
-def _number(value: float) -> float | None:
-    """JSON has no infinity: null where nothing was lost, or everything."""
-    return value if abs(value) < float("inf") else None
 
 
 def main() -> NoReturn:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 from streamq.checkpoint import Checkpoint
 from streamq.families import Family, collapse
 from streamq.formats import compressed_tensors as fmt
 from streamq.plan import Plan
+from streamq.quality import Quality
 from streamq.schemes import block_text
 from streamq.tensors import DTYPES, TensorInfo, size_text
-
-#: Seconds between two lines of progress where the output is not a terminal.
-QUIET_INTERVAL = 10.0
 
 
 def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
@@ -247,61 +242,26 @@ def show_inspect(c: Checkpoint) -> None:
         console.print(f"odd: {oddity}", soft_wrap=True, markup=False)
 
 
-# --- progress ---------------------------------------------------------------------------
+def quality_lines(quality: Quality) -> Iterator[str]:
+    """Weight SQNR: overall, by kind of module, of the tensors that lost most."""
+    if not quality:
+        return
+    yield f"weight SQNR {quality.total:.2f} dB"
+    for kind, (count, db) in quality.by_kind().items():
+        yield f"  {db:6.2f} dB  {kind} x {count}"
+    yield "lowest:"
+    for name, db in quality.worst():
+        yield f"  {db:6.2f} dB  {name}"
 
 
-@contextmanager
-def progress(total: int, verb: str, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    """A callback for bytes done; a bar in a terminal, a line now and then elsewhere."""
-    if quiet:
-        yield lambda n, name: None
-    elif sys.stderr.isatty():
-        with _bar(total, verb) as advance:
-            yield advance
-    else:
-        yield _lines(total, verb)
+def quality_json(quality: Quality) -> dict[str, Any]:
+    """The same for programs, and of every tensor; null is infinite, for JSON has no infinity."""
 
+    def number(value: float) -> float | None:
+        return value if abs(value) < float("inf") else None
 
-@contextmanager
-def _bar(total: int, verb: str) -> Iterator[Callable[[int, str], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )  # fmt: skip
-
-    with Progress(
-        TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", markup=False),
-        console=Console(stderr=True), transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(verb, total=total, tensor="")
-        yield lambda n, name: bar.update(task, advance=n, tensor=name)
-
-
-def _lines(total: int, verb: str) -> Callable[[int, str], None]:
-    began = last = time.monotonic()
-    done = 0
-    lock = threading.Lock()
-
-    def advance(n: int, name: str) -> None:
-        nonlocal done, last
-        with lock:
-            done += n
-            now = time.monotonic()
-            if now - last < QUIET_INTERVAL:
-                return
-            last = now
-        rate = done / (now - began)
-        left = (total - done) / rate if rate else 0
-        print(
-            f"{verb} {size_text(done)} of {size_text(total)}, {size_text(rate)}/s, "
-            f"{left:.0f} s left, {name}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    return advance
+    return {
+        "sqnr_db": number(quality.total) if quality else None,
+        "sqnr_db_by_kind": {kind: number(db) for kind, (_, db) in quality.by_kind().items()},
+        "sqnr_db_by_tensor": {name: number(db) for name, db in quality.by_tensor().items()},
+    }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,20 @@ def test_verify(source, tmp_path):
     assert len(report["sqnr_db_by_tensor"]) == 14
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp8", "fp8_block", "w3a16", "w4a16_asym"])
+def test_stats_are_what_verify_finds(source, tmp_path, scheme):
+    out = tmp_path / "o"
+    made = json.loads(run("convert", source, out, "-s", scheme, "--stats", "--json").stdout)
+    found = json.loads(run("verify", out, "--source", source, "--json").stdout)
+    for key in ("sqnr_db", "sqnr_db_by_kind", "sqnr_db_by_tensor"):
+        assert made[key] == pytest.approx(found[key], abs=1e-3)
+    assert made["sqnr_db_by_kind"].keys() >= {"mlp.down_proj", "self_attn.q_proj"}
+    shutil.rmtree(out)
+    text = run("convert", source, out, "-s", scheme, "--stats").stdout
+    assert f"weight SQNR {made['sqnr_db']:.2f} dB" in text
+    assert text.count(" dB  model.") == 5
+
+
 def test_only_ignore_and_group_size(source, tmp_path):
     result = run("convert", source, tmp_path / "o", "-s", "w4a16", "--group-size", 32,
                  "--only", "*.mlp.*", "--ignore", r"re:.*layers\.1\.", "-q")  # fmt: skip
@@ -225,7 +240,7 @@ def test_every_option_has_help(command):
 
 
 def test_progress_is_lines_where_there_is_no_terminal(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamq.show.QUIET_INTERVAL", 0.0)
+    monkeypatch.setattr("streamq.progress.QUIET_INTERVAL", 0.0)
     result = run("convert", source, tmp_path / "o", "-s", "nvfp4")
     lines = [line for line in result.stderr.splitlines() if line.startswith("converting ")]
     assert lines

@@ -18,8 +18,8 @@ FLOORS = [
     {"tensors"},
     {"schemes"},
     {"checkpoint", "writer", "formats", "families", "kernels"},
-    {"plan"},
-    {"convert", "verify", "show"},
+    {"plan", "quantized", "quality"},
+    {"convert", "verify", "show", "progress"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,7 @@
 """Every backend equals the reference bit by bit, and the reference equals its golden files."""
 
 import hashlib
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -105,6 +106,33 @@ def test_cpu_equals_the_reference(name, data):
         assert equal(got.scale, wanted.scale)
     if wanted.zero_point is not None:
         assert equal(got.zero_point, wanted.zero_point)
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data())
+def test_energies_are_those_of_the_dequantized_weight(name, data):
+    scheme = CASES[name]
+    x = data.draw(matrices(scheme))
+    packing = data.draw(st.sampled_from([BYTES, packing_of(scheme)]))
+    outer = outer_of(x, scheme, "f32")
+    try:
+        q = cpu.quantize(x, scheme, packing, outer=outer)
+    except NonFiniteError:
+        return
+    plain = reference.quantize(x, scheme, outer=outer)
+    if scheme.whole_tensor:
+        plain = replace(plain, scale=outer[:1].reshape(1, 1))
+    w = x.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        e = w - reference.dequantize(plain, scheme)
+    wanted = np.stack([(w * w).sum(1), (e * e).sum(1)], 1)
+    rows = np.isfinite(wanted).all(1)  # f32 cannot hold the dequantized value
+    got = cpu.energies(x, q, scheme, packing, outer)
+    # An error of an element may be off by an f32 rounding of its value: (e + d)^2 - e^2.
+    top = abs(x.astype(np.float64)).max(1, keepdims=True)
+    off = x.shape[1] * (2.0**-149 + top * 2.0**-22) ** 2
+    slack = 1e-5 * wanted + 2 * np.sqrt(wanted * off) + off
+    assert (abs(got - wanted) <= slack)[rows].all()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -116,12 +116,13 @@ def test_a_conversion_verifies(scheme, numerics, dtype, sources, tmp_path):
     run_convert(sources[dtype], tmp_path / "out", scheme, numerics=numerics)
     alone = check(tmp_path / "out")
     assert (alone.failures, alone.scheme, alone.quantized) == ([], scheme, QUANTIZED)
-    assert alone.sqnr == {}
+    assert not alone.quality
     report = check(tmp_path / "out", sources[dtype])
     assert (report.failures, report.quantized) == ([], QUANTIZED)
-    assert len([n for n in report.sqnr if n.endswith("_proj.weight")]) == QUANTIZED
-    assert min(report.sqnr.values()) > FLOOR[scheme]
-    assert min(report.sqnr.values()) <= report.total_sqnr <= max(report.sqnr.values())
+    sqnr = report.quality.by_tensor()
+    assert len([n for n in sqnr if n.endswith("_proj.weight")]) == QUANTIZED
+    assert min(sqnr.values()) > FLOOR[scheme]
+    assert min(sqnr.values()) <= report.quality.total <= max(sqnr.values())
 
 
 @pytest.mark.parametrize("draw", ODD)
@@ -138,7 +139,7 @@ def test_slabs_give_the_same_report_as_whole_tensors(scheme, sources, output_of,
     monkeypatch.setattr(elements, "slab_rows", lambda layout, row_bytes: layout.row_step)
     slabs = check(output_of(scheme), sources["bf16"])
     assert slabs.failures == whole.failures == []
-    assert slabs.sqnr == pytest.approx(whole.sqnr)
+    assert slabs.quality.by_tensor() == pytest.approx(whole.quality.by_tensor())
 
 
 # --- tampered outputs ------------------------------------------------------------------

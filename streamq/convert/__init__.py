@@ -13,6 +13,7 @@ from types import ModuleType
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.plan import MAX_MEMORY, Plan
+from streamq.quality import Quality
 from streamq.tensors import DTYPES
 from streamq.writer import Destination, ShardWriter, check_destination
 
@@ -36,6 +37,7 @@ class Summary:
     seconds: float
     workers: int
     backend: str
+    quality: Quality | None
 
 
 def default_workers() -> int:
@@ -52,13 +54,15 @@ def convert(
     max_memory: int = MAX_MEMORY,
     sync: bool = True,
     overwrite: bool = False,
+    stats: bool = False,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Summary:
     """Write the checkpoint that ``plan`` describes to the directory ``dst``.
 
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
-    all workers. ``sync``: flush to disk before ``dst`` appears. ``progress`` is called
+    all workers. ``sync``: flush to disk before ``dst`` appears. ``stats``: measure what is
+    lost. ``progress`` is called
     with bytes of the source done and the name of the tensor they belong to, from any
     thread; ``notify`` with sentences for people. The bytes written depend on the plan alone.
 
@@ -72,8 +76,9 @@ def convert(
     destination = Destination(target, overwrite, sync)
     destination.begin()
     try:
-        run = _Run(source, plan, destination, workers, progress or (lambda n, name: None))
-        backend = run.run(lambda: _load_kernels(plan, notify))
+        quality = Quality() if stats else None
+        run = _Run(source, plan, destination, workers, progress or (lambda n, name: None), quality)
+        backend = run.run(lambda: _load_kernels(plan, stats, notify))
         for name in plan.others:
             if name != CONFIG:
                 destination.copy_file(source.root / name, name)
@@ -89,10 +94,10 @@ def convert(
     finally:
         destination.sync.close()
     seconds = time.perf_counter() - began
-    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, backend.NAME)
+    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, backend.NAME, quality)
 
 
-def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> ModuleType:
+def _load_kernels(plan: Plan, stats: bool, notify: Callable[[str], None] | None) -> ModuleType:
     """Compile the kernels, or load them from the cache, before any thread needs them.
 
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
@@ -109,7 +114,7 @@ def _load_kernels(plan: Plan, notify: Callable[[str], None] | None) -> ModuleTyp
             for shard in plan.shards for weights in shard.weights for layout in weights.layouts
         }:  # fmt: skip
             assert dtype is not None
-            cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics)
+            cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics, stats)
     finally:
         timer.cancel()
     return cpu
@@ -125,12 +130,14 @@ class _Run:
         destination: Destination,
         workers: int,
         progress: Progress,
+        quality: Quality | None,
     ) -> None:
         self._source = source
         self._plan = plan
         self._destination = destination
         self._workers = workers
         self._progress = progress
+        self._quality = quality
         self._scheduler = Scheduler(plan.shards)
         self._writers: dict[int, ShardWriter] = {}
         self._lock = threading.Lock()
@@ -178,7 +185,7 @@ class _Run:
         """One thread, until no job is left; until no copy is left without ``kernels``."""
         worker = Worker(
             self._source, kernels, self._plan.options.numerics, self._plan.slab_memory,
-            self._stop, self._progress,
+            self._stop, self._progress, self._quality,
         )  # fmt: skip
         while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
             writer = self._writer(job)

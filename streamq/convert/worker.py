@@ -14,6 +14,7 @@ from streamq.errors import NonFiniteError, StreamqError
 from streamq.formats import compressed_tensors as fmt
 from streamq.kernels.reference import outer_scale
 from streamq.plan import Weights
+from streamq.quality import Quality
 from streamq.schemes import Numerics, Quantized
 from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
@@ -44,6 +45,7 @@ class Worker:
         memory: int,
         stop: threading.Event,
         progress: Callable[[int, str], None],
+        quality: Quality | None,
     ) -> None:
         self._source = source
         self._kernels: Any = kernels
@@ -51,6 +53,7 @@ class Worker:
         self._arena = np.empty(memory, np.uint8)
         self._stop = stop
         self._progress = progress
+        self._quality = quality
 
     def amax(self, work: list[Stretch], count: int) -> Array:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
@@ -108,10 +111,22 @@ class Worker:
             q = self._kernels.quantize(
                 x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(*views)
             )
+        if self._quality is not None:
+            self._measure(slab, x, q, above, self._quality)
         if q.zero_point is not None:
             (e, start), box = entries[2], boxes[2]
             data = fmt.pack_zero_point(q.zero_point, scheme.bits).view(np.uint8).reshape(-1)
             box.reserve(start + slab.first // e.rows * e.nbytes, len(data))[:] = data
+
+    def _measure(
+        self, slab: Slab, x: Array, q: Quantized, above: Array | None, quality: Quality
+    ) -> None:
+        """Note what the codes of a slab lost."""
+        weights = slab.weights
+        rows = self._kernels.energies(x, q, weights.scheme, slab.layout.packing, above)
+        sums = np.add.reduceat(rows, slab.begins // slab.width).tolist()
+        for member, (signal, noise) in zip(slab.members.tolist(), sums, strict=True):
+            quality.add(weights.sources[member].name, signal, noise)
 
     def copy(
         self, file: str, start: int, offset: int, nbytes: int, name: str, shard: ShardWriter

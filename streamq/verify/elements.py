@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
-from streamq.formats import compressed_tensors as fmt
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.plan import slab_rows
+from streamq.quantized import Array, Module, bytes_of, text_of, unpack_rows
 from streamq.schemes import Quantized, Scheme
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
-from .report import Array, Module, Report, bytes_of, decibel, read, text_of
+from .report import Report
 
 Progress = Callable[[int, str], None]
 
@@ -52,9 +52,7 @@ def compare(
             if failure:
                 report.failures.append(failure)
             if name in quantized:
-                report.sqnr[name] = decibel(signal, noise)
-                report.signal += signal
-                report.noise += noise
+                report.quality.add(name, signal, noise)
 
 
 def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | None:
@@ -83,7 +81,7 @@ def _compare_weight(
     for first, rows in _slabs(m, t):
         raw = bytes_of(source, t, first * m.cols * dtype.itemsize, rows * m.cols * dtype.itemsize)
         w = np.frombuffer(raw, dtype).reshape(rows, m.cols).astype(np.float32)
-        q = _unpack(out, m, scheme, first, rows)
+        q = unpack_rows(out, m, scheme, first, rows)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             error = w - dequantize(q, scheme)
         signal += float(np.square(w, dtype=np.float64).sum())
@@ -102,23 +100,6 @@ def _slabs(m: Module, t: TensorInfo) -> Iterator[tuple[int, int]]:
     step = slab_rows(m.layout, m.cols * DTYPES[t.dtype].itemsize)
     for first in range(0, m.rows, step):
         yield first, min(step, m.rows - first)
-
-
-def _unpack(out: Checkpoint, m: Module, scheme: Scheme, first: int, rows: int) -> Quantized:
-    arrays: dict[str, Array] = {}
-    for e in m.layout.entries:
-        t = m.tensors[e.suffix]
-        if e.role == "global_scale":
-            arrays[e.role] = read(out, t)
-        elif e.rows:
-            start = first // e.rows * e.nbytes
-            n = -(-rows // e.rows)
-            stop = min(start + n * e.nbytes, t.nbytes)
-            data = np.frombuffer(bytes_of(out, t, start, stop - start), DTYPES[t.dtype].numpy)
-            arrays[e.role] = data.reshape(-1, e.shape[1])
-    if "codes" in arrays and m.layout.packing.kind != "bytes":
-        arrays["codes"] = arrays["codes"].view(np.uint8)
-    return fmt.unpack(arrays, scheme, m.cols)
 
 
 def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme, ulp: float) -> Array:

@@ -7,16 +7,12 @@ from math import inf
 import numpy as np
 
 from streamq.checkpoint import Checkpoint, read_json
-from streamq.errors import CheckpointError, StreamqError
+from streamq.errors import StreamqError
 from streamq.families import Family
-from streamq.formats import compressed_tensors as fmt
+from streamq.quantized import Module, module_of, parts_of, read
 from streamq.schemes import Scheme
-from streamq.tensors import FLOATS, TensorInfo
 
-from .report import Module, Report, read, text_of
-
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale",
-          "input_global_scale", "weight_shape")  # fmt: skip
+from .report import Report
 
 
 def check_index(checkpoint: Checkpoint, report: Report) -> None:
@@ -39,20 +35,13 @@ def find_modules(
 ) -> list[Module]:
     """The quantized weights, after comparing names, dtypes and shapes with the layout."""
     left_alone = Family(checkpoint.config).left_alone(scheme)
-    parts: dict[str, dict[str, TensorInfo]] = {}
-    for t in checkpoint.tensors.values():
-        module, _, suffix = t.name.rpartition(".")
-        if suffix in _PARTS:
-            parts.setdefault(module, {})[suffix] = t
-    for module, found in parts.items():
-        if (weight := checkpoint.tensors.get(module + ".weight")) is not None:
-            found["weight"] = weight
+    parts = parts_of(checkpoint)
     modules = []
     for name, found in parts.items():
         if name in ignore:
             report.failures.append(f"{name!r} is quantized, but config.json ignores it")
         try:
-            modules.append(_module(checkpoint, name, found, scheme))
+            modules.append(module_of(checkpoint, name, found, scheme))
         except StreamqError as e:
             report.failures.append(str(e))
     for t in checkpoint.tensors.values():
@@ -67,38 +56,6 @@ def find_modules(
     if not modules:
         report.failures.append("no tensor is quantized")
     return modules
-
-
-def _module(
-    checkpoint: Checkpoint, name: str, found: dict[str, TensorInfo], scheme: Scheme
-) -> Module:
-    codes = found.get("weight_packed") or found.get("weight")
-    if codes is None or len(codes.shape) != 2 or "weight_scale" not in found:
-        raise CheckpointError(f"{name!r} has {', '.join(sorted(found))}, no weight with its scale")
-    rows, cols = codes.shape
-    if scheme.element == "e2m1":
-        cols *= 2
-    elif "weight_packed" in found:
-        shape = found.get("weight_shape")
-        if shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
-            odd = text_of(shape and (shape.dtype, shape.shape))
-            raise CheckpointError(f"{name + '.weight_shape'!r} is {odd}, not I64 [2]")
-        rows, cols = read(checkpoint, shape).tolist()
-        if rows != codes.shape[0] or cols < 1:
-            raise CheckpointError(f"{name!r}: weight_shape says {[rows, cols]}")
-    scale_dtype = found["weight_scale"].dtype
-    layout = fmt.layout(rows, cols, scale_dtype, scheme)
-    want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
-    have = {suffix: (t.dtype, t.shape) for suffix, t in found.items()}
-    if want != have:
-        part = next(s for s in sorted(want.keys() | have.keys()) if want.get(s) != have.get(s))
-        raise CheckpointError(
-            f"{name + '.' + part!r} is {text_of(have.get(part))}, "
-            f"{scheme.name} has {text_of(want.get(part))}"
-        )
-    if scheme.scale == "weight" and scale_dtype not in FLOATS:
-        raise CheckpointError(f"{name + '.weight_scale'!r} is {scale_dtype}, not a float")
-    return Module(name, found, rows, cols, layout)
 
 
 def check_scales(
