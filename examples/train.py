@@ -26,7 +26,7 @@ CONFIG = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-CONTEXT, BATCH, STEPS, WARM_UP, PEAK = 256, 24, 2500, 100, 2e-3
+CONTEXT, BATCH, STEPS, WARM_UP, PEAK = 256, 16, 900, 50, 3e-3
 CUT = "model.layers.1.self_attn.k_proj.weight"  # first tensor of the second shard
 
 

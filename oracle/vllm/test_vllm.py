@@ -1,0 +1,108 @@
+"""vLLM loads what we write, generates from it, and computes what transformers computes.
+
+On a CPU, where vLLM has kernels for few schemes. Each model runs in a process of its own,
+because an engine does not give back all that it took.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_convert
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCAB, NEW = 512, 8
+PROMPTS = [[(7 * i + 3 * n) % VOCAB for i in range(n)] for n in (5, 33, 64)]
+
+# Bounds of the mean |difference| of log-probabilities between vLLM and transformers, which
+# sum and round to bf16 in different orders. A scheme that quantizes its inputs rounds those
+# differences up to whole steps of its codes.
+BOUNDS = {
+    "bf16": 0.005,
+    "W4A16": 0.005,
+    "W4A16_ASYM": 0.005,
+    "FP8_DYNAMIC": 0.03,
+    "W8A8": 0.03,
+}
+
+ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # With AMX, vLLM would quantize the inputs of 4-bit layers to 8 bits, unasked.
+    "VLLM_CPU_INT4_W4A8": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A random model whose rows differ in size, as transformers saves it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= 3 * torch.randn(module.out_features, 1).mul(0.5).exp()
+    folder = tmp_path_factory.mktemp("llama") / "bf16"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _generate(folder):
+    """Of each prompt: the new tokens, and the log-probabilities of all tokens after the first."""
+    os.environ.update(ENV)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True,
+        max_model_len=128, max_num_seqs=4, max_logprobs=-1,
+    )  # fmt: skip
+    how = SamplingParams(
+        temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False,
+        logprobs=-1, prompt_logprobs=-1,
+    )  # fmt: skip
+    made = []
+    for r in llm.generate([{"prompt_token_ids": p} for p in PROMPTS], how, use_tqdm=False):
+        (out,) = r.outputs
+        rows = [*r.prompt_logprobs[1:], *out.logprobs]
+        made.append((out.token_ids, [[row[t].logprob for t in range(VOCAB)] for row in rows]))
+    return made
+
+
+def _vllm(folder):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_generate, folder).result(timeout=600)
+
+
+@torch.no_grad()
+def _transformers(folder, tokens):
+    """The log-probabilities of all tokens after the first, given those before them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    rows = [model(torch.tensor([t[:-1]])).logits[0] for t in tokens]
+    return torch.cat(rows).float().log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_vllm_computes_what_transformers_computes(name, source, tmp_path):
+    """In prefill and in decoding, over the whole vocabulary."""
+    out = source
+    if name != "bf16":
+        out = tmp_path / "out"
+        run_convert(source, out, name)
+    made = _vllm(out)
+    assert [len(new) for new, _ in made] == [NEW] * len(PROMPTS)
+    tokens = [[*p, *new] for p, (new, _) in zip(PROMPTS, made, strict=True)]
+    found = np.concatenate([np.float32(rows) for _, rows in made])
+    theirs, plain = _transformers(out, tokens), _transformers(source, tokens)
+    assert found.shape == theirs.shape == (sum(map(len, tokens)) - len(tokens), VOCAB)
+    print(name, abs(found - theirs).mean(), abs(found - plain).mean(), abs(theirs-plain).mean(), theirs.std())
+    assert abs(found - theirs).mean() < BOUNDS[name]
