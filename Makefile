@@ -4,14 +4,16 @@ BIN := .venv/bin
 
 .PHONY: demo test lint golden bench soak oracle clean
 
+EXAMPLE := examples/bytes-llama
+DEMO := .demo/bytes-llama-nvfp4a16
+
 demo: .venv/ready
 	@rm -rf .demo && mkdir .demo
-	$(BIN)/python examples/tiny_llama.py .demo/tiny-llama
-	$(BIN)/streamq inspect .demo/tiny-llama
-	$(BIN)/streamq plan .demo/tiny-llama .demo/tiny-llama-nvfp4a16 --scheme nvfp4a16
-	$(BIN)/streamq convert .demo/tiny-llama .demo/tiny-llama-nvfp4a16 --scheme nvfp4a16
-	$(BIN)/streamq verify .demo/tiny-llama-nvfp4a16 --source .demo/tiny-llama
-	@ls -l .demo/tiny-llama-nvfp4a16
+	$(BIN)/streamq inspect $(EXAMPLE)
+	$(BIN)/streamq plan $(EXAMPLE) $(DEMO) --scheme nvfp4a16
+	$(BIN)/streamq convert $(EXAMPLE) $(DEMO) --scheme nvfp4a16 --stats
+	$(BIN)/streamq verify $(DEMO) --source $(EXAMPLE)
+	$(BIN)/python examples/bits_per_byte.py $(EXAMPLE) $(DEMO)
 
 test: .venv/ready-test lint
 	$(BIN)/python -m pytest -n auto

@@ -3,6 +3,7 @@
     python bench/run.py                       S and M, NVFP4A16 and FP8_BLOCK, and K against L
     python bench/run.py -c M -s w4a16 -r 9    one checkpoint, one scheme, nine rounds
     python bench/run.py --kernels             GB/s of every kernel beside memcpy
+    python bench/run.py --peers -r 3          other tools, where `make oracle` installed them
 
 Every round runs each contestant once, in turn. The checkpoint is in the page cache, and
 before each run the disk is idle and an untimed copy was made and removed: on a virtual
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import CHECKPOINTS
+from peers import PEERS
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +61,18 @@ def contestants(scheme: str) -> list[Contestant]:
         Contestant("I/O only --no-sync", [*io, "--no-sync"], "streamq --no-sync"),
         Contestant("I/O only", io, "streamq"),
     ]
+
+
+def rivals(scheme: str) -> list[Contestant]:
+    """Ours and every other tool that is installed and has the scheme."""
+    ours = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
+    found = [Contestant("streamq", ours, "")]
+    for name, (_, environment, schemes) in PEERS.items():
+        python = HERE.parent / ".oracle" / environment / "bin" / "python"
+        if scheme in schemes and python.is_file():
+            command = [str(python), str(HERE / "peers.py"), name, "{src}", "{dst}", scheme]
+            found.append(Contestant(name, command, "streamq"))
+    return found
 
 
 def make(name: str) -> Path:
@@ -97,14 +111,13 @@ def warm(src: Path) -> None:
                 pass
 
 
-def race(name: str, scheme: str, rounds: int) -> list[dict[str, Any]]:
+def race(name: str, scheme: str, rounds: int, field: list[Contestant]) -> list[dict[str, Any]]:
     """All contestants on one checkpoint; rows of a table."""
     src, dst = make(name), WORK / "out"
     size = sum(p.stat().st_size for p in src.glob("*.safetensors"))
     warm(src)
-    field = contestants(scheme)
     results: dict[str, list[Run]] = {c.name: [] for c in field}
-    for c in field[2:]:  # compile kernels, load the interpreter's files
+    for c in field:  # compile kernels, load the interpreters' files
         run(c.command, src, dst)
     for _ in range(rounds):
         for c in field:
@@ -175,6 +188,7 @@ def main() -> None:
     parser.add_argument("-s", "--scheme", action="append")
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     o = parser.parse_args()
     if o.kernels:
         from kernels import measure
@@ -183,7 +197,13 @@ def main() -> None:
         return
     schemes = o.scheme or ["nvfp4a16", "fp8_block"]
     names = o.checkpoint or ["S", "M", "K"]
-    rows = [row for c in names if c != "K" for s in schemes for row in race(c, s, o.rounds)]
+    if o.peers:
+        rows = [row for c in o.checkpoint or ["M"] for s in schemes
+                for row in race(c, s, o.rounds, rivals(s))]  # fmt: skip
+        show(rows, "peers")
+        return
+    rows = [row for c in names if c != "K" for s in schemes
+            for row in race(c, s, o.rounds, contestants(s))]  # fmt: skip
     show(rows, "conversions")
     if "K" in names:
         show([row for s in schemes for row in many_against_few(s, o.rounds)], "many-tensors")

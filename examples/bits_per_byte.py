@@ -1,4 +1,6 @@
-"""Bits per byte of text: ``python examples/bits_per_byte.py CHECKPOINT...`` (numpy only).
+"""Bits per byte of text: ``python examples/bits_per_byte.py CHECKPOINT...``
+
+``--every-scheme CHECKPOINT`` prints a table instead. No torch.
 
 A llama's forward pass over byte values in f32, on text it was not trained on, in windows
 of the length it was trained with. Quantized checkpoints are read back as their loaders
@@ -9,13 +11,18 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from text import text
 
+from streamq.checkpoint import open_checkpoint
+from streamq.convert import convert
+from streamq.plan import Options, make_plan
 from streamq.quantized import open_tensors
+from streamq.schemes import SCHEMES, resolve
 
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]
@@ -84,10 +91,34 @@ def bits_per_byte(folder: Path) -> float:
     return float(bits / targets.size)
 
 
-def main(folders: list[str]) -> None:
+def every_scheme(source: Path) -> None:
+    """A table of what each scheme makes of a checkpoint."""
+    before = bits_per_byte(source)
+    print(f"| scheme | bits per byte | change | weight SQNR, dB | size, MB |\n{'|---' * 5}|")
+    print(f"| none (bf16) | {before:.4f} | | | {size(source):.2f} |")
+    for name in SCHEMES:
+        with tempfile.TemporaryDirectory() as folder, open_checkpoint(source) as checkpoint:
+            out = Path(folder, name)
+            plan = make_plan(checkpoint, Options(resolve(name)))
+            quality = convert(checkpoint, plan, out, stats=True).quality
+            assert quality is not None
+            bits = bits_per_byte(out)
+            row = (name, f"{bits:.4f}", f"{bits - before:+.4f}", f"{quality.total:.2f}")
+            print(f"| {' | '.join(row)} | {size(out):.2f} |", flush=True)
+
+
+def size(folder: Path) -> float:
+    """MB of the shards."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 1e6
+
+
+def main(arguments: list[str]) -> None:
     """One line each; the first is what the others are compared with."""
+    if arguments[0] == "--every-scheme":
+        every_scheme(Path(arguments[1]))
+        return
     first = None
-    for folder in folders:
+    for folder in arguments:
         bits = bits_per_byte(Path(folder))
         first = bits if first is None else first
         print(f"{bits:.4f} bits per byte  {bits - first:+.4f}  {folder}")

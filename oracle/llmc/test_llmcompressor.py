@@ -1,10 +1,10 @@
 """The bytes of ``--numerics weight`` are those of llm-compressor's model_free_ptq on a CPU.
 
-The real tool runs beside ours, on llamas in which every layer holds another kind of input;
-tests/test_llmcompressor.py holds hashes of other inputs and does without the tool.
+The real tool runs beside ours, on llamas in which every layer holds another kind of input.
 """
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -27,109 +27,82 @@ SCHEMES = {
 }  # fmt: skip
 
 # Rows that are no multiple of 8 or 128: packed zero points end within a word, the last row
-# of blocks is ragged. 0 columns stand for the width above.
+# of blocks is ragged. None stands for the columns above.
 MODULES = {
-    "self_attn.q_proj": (128, 256),
-    "self_attn.k_proj": (130, 256),
-    "self_attn.v_proj": (37, 256),
-    "self_attn.o_proj": (130, 0),
-    "mlp.gate_proj": (131, 256),
-    "mlp.up_proj": (75, 256),
-    "mlp.down_proj": (201, 0),
-}
-KINDS = ("gauss", "zeros", "subnormal", "ties", "huge", "tiny", "one_sided", "bits", "mixed")
+    "self_attn.q_proj": (128, 256), "self_attn.k_proj": (130, 256),
+    "self_attn.v_proj": (37, 256), "self_attn.o_proj": (130, None),
+    "mlp.gate_proj": (131, 256), "mlp.up_proj": (75, 256), "mlp.down_proj": (201, None),
+}  # fmt: skip
 
-# Both signs near the largest value: max - min of a group, which an asymmetric scale is made
-# of, overflows the dtype. test_what_is_left_out proves that nothing else is left out.
+# With both signs up to the largest values, max - min of a group, of which an asymmetric
+# scale is made, overflows the dtype. test_what_is_left_out proves it of each weight.
 OVERFLOWS = {"W4A16_ASYM": ("huge", "bits")}
 
 
 def _ties(scheme, rng, rows, cols):
-    """Values halfway between two codes under a scale that is a power of two.
-
-    Each 16 columns begin with what makes the scale so. That of NVFP4 needs a power of two
-    in the global scale too, which its first element gives.
-    """
+    """Values halfway between two codes, under scales that are powers of two."""
     if scheme.element == "int":
-        codes = np.arange(scheme.code_range[0], scheme.code_range[1] + 1)
+        low, high = scheme.code_range
+        codes = np.arange(low, high + 1)
+        first = [high + 0.5]
     else:
-        positive = E2M1_VALUES
-        if scheme.element == "e4m3":
-            positive = np.arange(127, dtype=np.uint8).view(E4M3).astype(float)
-        codes = np.concatenate([-positive[:0:-1], positive])
+        e4m3 = np.arange(127, dtype=np.uint8).view(E4M3).astype(float)  # all that are finite
+        values = e4m3 if scheme.element == "e4m3" else E2M1_VALUES
+        codes = np.concatenate([-values[:0:-1], values])
+        # An MX scale doubles from a mantissa of 1.75 on, which that of 448 is.
+        first = [384 if scheme.name == "MXFP8A16" else values[-1]]
     halves = (codes[1:] + codes[:-1]) / 2
-    first = [scheme.bits == 8 and 127.5 or codes[-1] + 0.5]
-    if scheme.element != "int":  # an MX scale is one more from a mantissa of 1.75 on
-        first = [384 if scheme.scale == "e8m0" and scheme.bits == 8 else codes[-1]]
-    if not scheme.symmetric:  # a span of 15; codes, or the zero point too, are halfway
-        first = [[-5, 10], [-3.5, 11.5]][rng.integers(2)]
+    if not scheme.symmetric:  # a span of 15; in the second the zero point is a tie as well
+        first = [(-5, 10), (-3.5, 11.5)][rng.integers(2)]
         halves = halves[(halves > first[0]) & (halves < first[1])]
     w = rng.choice(halves, (rows, cols))
-    for i, value in enumerate(first):
+    for i, value in enumerate(first):  # what makes the scale a power of two, in any block
         w[:, i::16] = value
     if scheme.block[0] == 1:
         w *= 2.0 ** -(np.arange(rows)[:, None] % 4)
     if scheme.two_level:
-        w[0, 0] = 10.5
+        w[0, 0] = 10.5  # 2688 / 256: the global scale is a power of two as well
     return w
 
 
-def _make(kind, scheme, dtype, rng, rows, cols):
-    """One weight, finite in ``dtype``."""
-    info = ml_dtypes.finfo(dtype)
-    top, bottom = float(info.max), float(info.smallest_normal)
-    row = np.arange(rows)[:, None]
-    x = rng.standard_normal((rows, cols))
-    near = rng.uniform(-1, 1, (rows, cols)) * rng.uniform(0, 1, (rows, 1))
-    if kind == "gauss":
-        w = x * rng.lognormal(0, 1.5, (rows, 1)) * 0.02
-    elif kind == "zeros":
-        w = np.copysign(0, x)
-        w[rng.random(rows) < 0.3] = 0
-        w[rng.random(rows) < 0.3] = -0.0
-    elif kind == "subnormal":
-        steps = rng.integers(-(2**info.nmant) + 1, 2**info.nmant, (rows, cols))
-        w = np.trunc(steps / 2.0 ** (row % (info.nmant + 1))) * float(info.smallest_subnormal)
-    elif kind == "ties":
-        w = _ties(scheme, rng, rows, cols)
-    elif kind == "huge":
-        w = near * top
-        w[::3, :: cols // 2], w[::3, 1 :: cols // 2] = top, -top
-    elif kind == "tiny":  # around where amax divided by the largest code underflows
-        w = x * bottom * 2.0 ** (row % 32 - 12)
-    elif kind == "one_sided":
-        w = abs(near) * top * 2.0 ** -rng.integers(0, 2 * info.maxexp - 4, (rows, 1))
-        w[::4] = w[::4] / 4 + abs(w[::4]).max(1)[:, None] / 2  # far from 0
-        w *= np.where(row % 2, -1.0, 1.0)
-    elif kind == "bits":
-        w = rng.integers(0, 256, (rows, cols * info.bits // 8), np.uint8).view(dtype)
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            return np.where(np.isfinite(w), w, dtype(-0.0))
-    else:
-        assert kind == "mixed"
-        kinds = [k for k in KINDS[:-1] if k not in OVERFLOWS.get(scheme.name, ())]
-        w = np.zeros((rows, cols), dtype)
-        for i, k in enumerate(kinds):
-            w[i :: len(kinds)] = _make(k, scheme, dtype, rng, rows, cols)[i :: len(kinds)]
-    made = w.astype(dtype)
-    assert np.isfinite(made.astype(np.float32)).all(), kind
+def _inputs(scheme, dtype, rng, rows, cols):
+    """One weight of each kind, all finite."""
+    info, shape, row = ml_dtypes.finfo(dtype), (rows, cols), np.arange(rows)[:, None]
+    top, bottom, least = map(float, (info.max, info.smallest_normal, info.smallest_subnormal))
+    x, sign = rng.standard_normal(shape), np.where(row % 2, -1.0, 1.0)
+    part = rng.uniform(-1, 1, shape) * rng.uniform(0, 1, (rows, 1))
+    steps = rng.integers(-(2**info.nmant) + 1, 2**info.nmant, shape)
+    bits = rng.integers(0, 256, (rows, cols * info.bits // 8), np.uint8).view(dtype)
+    extreme = (rng.random(shape) < 0.1) & (row % 3 == 0)
+    reach = sign * top * 2.0 ** -rng.integers(0, 2 * info.maxexp - 4, (rows, 1))
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        made = {
+            "gauss": x * rng.lognormal(0, 1.5, (rows, 1)) * 0.02,
+            "zeros": np.copysign(0, x + 9 * (row % 3 - 1)),  # rows of -0, of both, of +0
+            "subnormal": np.trunc(steps / 2.0 ** (row % (info.nmant + 1))) * least,
+            "ties": _ties(scheme, rng, rows, cols),
+            "tiny": x * bottom * 2.0 ** (row % 40 - 24),  # where scales underflow
+            "large": part * top * 0.49,  # max - min just does not overflow
+            "one_sided": abs(part) * reach,
+            "far_from_0": (0.9 + abs(part) / 10) * reach,
+            "huge": np.where(extreme, np.copysign(top, x), part * top),
+            "bits": np.where(np.isfinite(bits), bits, dtype(-0.0)),
+        }
+    made = {kind: w.astype(dtype) for kind, w in made.items()}
+    table = [w for kind, w in made.items() if kind not in OVERFLOWS.get(scheme.name, ())]
+    made["mixed"] = np.stack(table)[np.arange(rows) % len(table), np.arange(rows)]
     return made
 
 
-def _checkpoint(folder, name, dtype, kinds):
-    """A llama with a layer for each of ``kinds``."""
-    rng, numpy = np.random.default_rng(0), NUMPY[dtype]
-    tensors = {}
-    for i, kind in enumerate(kinds):
-        layer = f"model.layers.{i}."
-        for module, (rows, cols) in MODULES.items():
-            weight = _make(kind, resolve(name), numpy, rng, rows, cols or SCHEMES[name])
-            tensors[f"{layer}{module}.weight"] = weight
-        tensors[f"{layer}input_layernorm.weight"] = rng.standard_normal(256).astype(numpy)
-    for module in ("model.embed_tokens", "lm_head"):
-        tensors[f"{module}.weight"] = rng.standard_normal((16, 256)).astype(numpy)
-    config = {"model_type": "llama", "num_hidden_layers": len(kinds)}
-    return write_checkpoint(folder, tensors, config)
+def _layers(name, dtype):
+    """The weights of the layer of each kind, by module."""
+    rng, layers = np.random.default_rng(0), {}
+    for module, (rows, cols) in MODULES.items():
+        made = _inputs(resolve(name), NUMPY[dtype], rng, rows, cols or SCHEMES[name])
+        for kind, w in made.items():
+            assert np.isfinite(w.astype(np.float32)).all(), kind
+            layers.setdefault(kind, {})[module] = w
+    return layers
 
 
 def _theirs(source, out, name):
@@ -148,9 +121,9 @@ def _first_difference(ours, theirs):
         if x != y:
             size = DTYPES[a.dtype].itemsize
             n = next(i for i in range(len(x)) if x[i] != y[i]) // size
-            at, part = np.unravel_index(n, a.shape), slice(n * size, n * size + size)
-            where = f"{name} {[int(i) for i in at]}"
-            return f"{where}: ours 0x{x[part][::-1].hex()}, theirs 0x{y[part][::-1].hex()}"
+            p, q = (data[n * size : (n + 1) * size][::-1].hex() for data in (x, y))
+            at = [int(i) for i in np.unravel_index(n, a.shape)]
+            return f"{name} {at}: ours 0x{p}, theirs 0x{q}"
     return None
 
 
@@ -158,20 +131,23 @@ def _first_difference(ours, theirs):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_byte_is_equal(name, dtype, tmp_path):
     """Names, dtypes, shapes and bytes of all tensors, and what the config says of them."""
-    kinds = [k for k in KINDS if k not in OVERFLOWS.get(name, ())]
-    source = _checkpoint(tmp_path / "in", name, dtype, kinds)
+    layers = _layers(name, dtype)
+    kinds = [kind for kind in layers if kind not in OVERFLOWS.get(name, ())]
+    plain = {"model.embed_tokens": (16, 256), "model.norm": (256,), "lm_head": (16, 256)}
+    tensors = {f"{m}.weight": np.ones(shape, NUMPY[dtype]) for m, shape in plain.items()}
+    for i, kind in enumerate(kinds):
+        tensors |= {f"model.layers.{i}.{m}.weight": w for m, w in layers[kind].items()}
+    source = write_checkpoint(tmp_path / "in", tensors)
     run_convert(source, tmp_path / "ours", name, numerics="weight")
     ours, theirs = tensors_of(tmp_path / "ours"), _theirs(source, tmp_path / "theirs", name)
     assert sum(n.endswith("weight_scale") for n in theirs) == len(kinds) * len(MODULES)
-    difference = _first_difference(ours, theirs)
-    assert difference is None, f"{difference} (layers: {kinds})"
+    assert _first_difference(ours, theirs) is None, f"layers: {kinds}"
 
     a, b = (
         json.loads((tmp_path / out / "config.json").read_text())["quantization_config"]
         for out in ("ours", "theirs")
     )
-    (our_group,), (their_group,) = (c["config_groups"].values() for c in (a, b))
-    assert our_group == their_group
+    assert list(a["config_groups"].values()) == list(b["config_groups"].values())
     differ = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
     assert differ <= {"config_groups", "ignore", "version"}
 
@@ -179,15 +155,14 @@ def test_every_byte_is_equal(name, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize(("name", "kind"), [(n, k) for n in OVERFLOWS for k in OVERFLOWS[n]])
 def test_what_is_left_out(name, kind, dtype, tmp_path):
-    """Each weight has a scale that is not finite: they write it, we refuse it."""
-    source = _checkpoint(tmp_path / "in", name, dtype, [kind])
-    theirs = _theirs(source, tmp_path / "theirs", name)
-    for module in MODULES:
-        tensor = f"model.layers.0.{module}.weight"
-        scale = np.frombuffer(theirs[f"{tensor}_scale"][1], NUMPY[dtype]).astype(np.float32)
-        assert not np.isfinite(scale).all(), module
-        only = (tensor.removesuffix(".weight"),)
-        if "self_attn" in module and "o_proj" not in module:
-            only = ("model.layers.0.self_attn.[qkv]_proj",)  # fused, never in part
-        with pytest.raises(StreamqError, match="scale of group .* is not finite"):
-            run_convert(source, tmp_path / module, name, numerics="weight", only=only)
+    """Each weight has a scale that is not finite: they write it, we name it and refuse."""
+    for module, w in _layers(name, dtype)[kind].items():
+        source = write_checkpoint(tmp_path / module / "in", {f"{module}.weight": w})
+        theirs = _theirs(source, tmp_path / module / "theirs", name)
+        info, data = theirs[f"{module}.weight_scale"]
+        scale = np.frombuffer(data, NUMPY[dtype]).astype(np.float32).reshape(info.shape)
+        refusal = f"{module}.weight': the scale of group .* is not finite"
+        with pytest.raises(StreamqError, match=refusal) as raised:
+            run_convert(source, tmp_path / module / "ours", name, numerics="weight")
+        group, row = re.search(r"group (\d+) in row (\d+)", str(raised.value)).groups()
+        assert not np.isfinite(scale[int(row), int(group)]), module

@@ -6,26 +6,35 @@ because an engine does not give back all that it took.
 
 import multiprocessing
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from helpers import run_convert
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+
+# vLLM asks for these, and no llama needs them. Their wheels on PyPI are for CUDA and fail
+# beside a torch for CPUs, so they count as not installed, here and in what vLLM starts.
+ABSENT = "import sys; sys.modules |= dict.fromkeys(('torchaudio', 'torchcodec', 'torchvision'))"
+exec(ABSENT)
+
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 VOCAB, NEW = 512, 8
 PROMPTS = [[(7 * i + 3 * n) % VOCAB for i in range(n)] for n in (5, 33, 64)]
 
 # Bounds of the mean |difference| of log-probabilities between vLLM and transformers, which
-# sum and round to bf16 in different orders. A scheme that quantizes its inputs rounds those
-# differences up to whole steps of its codes.
+# sum and round to bf16 in different orders: 0.0018 for the model as it is, whose
+# log-probabilities spread by 0.4. Quantizing the inputs turns such differences into whole
+# steps: 0.008 (int8) and 0.015 (e4m3), as far as transformers in bf16 is from itself in f32.
 BOUNDS = {
     "bf16": 0.005,
     "W4A16": 0.005,
     "W4A16_ASYM": 0.005,
-    "FP8_DYNAMIC": 0.03,
-    "W8A8": 0.03,
+    "FP8_DYNAMIC": 0.02,
+    "W8A8": 0.012,
 }
 
 ENV = {
@@ -51,7 +60,7 @@ def source(tmp_path_factory):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight *= 3 * torch.randn(module.out_features, 1).mul(0.5).exp()
+                module.weight *= torch.randn(module.out_features, 1).mul(0.5).exp()
     folder = tmp_path_factory.mktemp("llama") / "bf16"
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -59,7 +68,10 @@ def source(tmp_path_factory):
 
 def _generate(folder):
     """Of each prompt: the new tokens, and the log-probabilities of all tokens after the first."""
-    os.environ.update(ENV)
+    site = folder.parent / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(ABSENT)
+    os.environ.update(ENV, PYTHONPATH=str(site))
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -80,7 +92,7 @@ def _generate(folder):
 
 def _vllm(folder):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_generate, folder).result(timeout=600)
+        return pool.submit(_generate, folder).result()
 
 
 @torch.no_grad()
@@ -89,6 +101,16 @@ def _transformers(folder, tokens):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     rows = [model(torch.tensor([t[:-1]])).logits[0] for t in tokens]
     return torch.cat(rows).float().log_softmax(-1).numpy()
+
+
+def _spoiled(folder, to):
+    """A copy in which each row of one projection has the scales of the row before it."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    tensors[name] = tensors[name].roll(1, 0)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -102,7 +124,13 @@ def test_vllm_computes_what_transformers_computes(name, source, tmp_path):
     assert [len(new) for new, _ in made] == [NEW] * len(PROMPTS)
     tokens = [[*p, *new] for p, (new, _) in zip(PROMPTS, made, strict=True)]
     found = np.concatenate([np.float32(rows) for _, rows in made])
-    theirs, plain = _transformers(out, tokens), _transformers(source, tokens)
-    assert found.shape == theirs.shape == (sum(map(len, tokens)) - len(tokens), VOCAB)
-    print(name, abs(found - theirs).mean(), abs(found - plain).mean(), abs(theirs-plain).mean(), theirs.std())
-    assert abs(found - theirs).mean() < BOUNDS[name]
+
+    def apart(folder):
+        theirs = _transformers(folder, tokens)
+        assert found.shape == theirs.shape == (sum(map(len, tokens)) - len(tokens), VOCAB)
+        return abs(found - theirs).mean()
+
+    print(name, apart(out), apart(source), out != source and apart(_spoiled(out, tmp_path / "sp")))
+    assert apart(out) < BOUNDS[name]
+    if name != "bf16":  # the bound is tight enough to see one wrong projection of fourteen
+        assert apart(_spoiled(out, tmp_path / "spoiled")) > BOUNDS[name]
