@@ -33,16 +33,18 @@ bench: .venv/ready
 	$(BIN)/python bench/run.py $(BENCH)
 
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.
 oracle: $(patsubst oracle/%/requirements.txt,oracle-%,$(wildcard oracle/*/requirements.txt))
+	@ls .oracle/*/passed  # fails if every client was skipped
 
 oracle-%: pyproject.toml
 	@test -x .oracle/$*/bin/python || $(PYTHON) -m venv .oracle/$*
+	@rm -f .oracle/$*/passed
 	@if .oracle/$*/bin/python -m pip install -q --disable-pip-version-check \
 	    -r oracle/$*/requirements.txt -e .; \
-	then .oracle/$*/bin/python -m pytest -p no:cacheprovider oracle/$*; \
+	then .oracle/$*/bin/python -m pytest -p no:cacheprovider oracle/$* && touch .oracle/$*/passed; \
 	else echo "oracle: SKIPPED $*: oracle/$*/requirements.txt cannot be installed here"; fi
 
 .venv/ready: pyproject.toml

@@ -15,9 +15,6 @@ from streamq.errors import StreamqError, VerifyError
 
 INTERRUPTED = 130
 
-#: Plans stay here until the process ends; freeing one of 70,000 tensors takes 0.06 s.
-_plans: list[object] = []
-
 
 class _Group(click.Group):
     """Turns expected failures into one sentence and an exit code."""
@@ -34,6 +31,9 @@ class _Group(click.Group):
             sys.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
+        except OSError as e:
+            _tell(f"Error: {e.filename or 'standard output'}: {e.strerror}.", e)
+            sys.exit(1)
         except Exception as e:
             if os.environ.get("STREAMQ_DEBUG"):
                 raise
@@ -148,7 +148,6 @@ def _plan(src: str, dst: str | None, o: dict[str, Any]) -> None:
 
     with open_checkpoint(src) as source:
         made = make_plan(source, _options(o))
-        _plans.append(made)
         workers = made.workers_within(o["workers"] or default_workers(), o["max_memory"])
         free = free_bytes(Path(dst)) if dst else None
         if o["as_json"]:
@@ -190,7 +189,6 @@ def convert(src: str, dst: str, **o: Any) -> None:
     refuse_overlap(src, dst)
     with open_checkpoint(src) as source:
         made = make_plan(source, _options(o))
-        _plans.append(made)
         workers = made.workers_within(o["workers"] or default_workers(), o["max_memory"])
         free = check_destination(Path(dst), made.disk_needed, o["overwrite"])
         for line in show.plan_lines(made, workers, free):
@@ -280,21 +278,22 @@ def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
 def main() -> NoReturn:
     """Entry point of the ``streamq`` command.
 
-    The cyclic garbage collector stays off: plans are trees of up to a million small
-    objects without cycles, and walking them again and again took 0.8 of 1.8 s of planning
-    70,000 tensors. At the end nothing is torn down, as all files are closed by then.
+    The cyclic garbage collector stays off: headers and plans are many small objects without
+    cycles, and walking them again and again takes 0.4 s of planning 70,000 tensors, as much
+    as the rest. At the end nothing is torn down, as all files are closed by then.
     """
     gc.disable()
     code: object = 0
     try:
         cli(prog_name="streamq")
     except SystemExit as e:
-        code = e.code
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nowhere left to say so
-        code = code or 1
+        code = e.code or 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed by the caller
+                stream.flush()
+        except OSError:  # nowhere left to say so
+            code = code or 1
     os._exit(code if isinstance(code, int) else 1)
 
 

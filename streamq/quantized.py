@@ -35,7 +35,7 @@ class Module(NamedTuple):
 class Tensors:
     """The tensors of a checkpoint under the names they had before it was quantized.
 
-    A mapping without the promise of being cheap: each look reads the file again. Quantized
+    Iterates names with arrays; each look reads the file again. Quantized
     weights come dequantized, as f32 ``[rows, cols]``; the rest as it is stored.
     """
 
@@ -161,5 +161,7 @@ def bytes_of(c: Checkpoint, t: TensorInfo, at: int, n: int) -> bytes:
 
 
 def read(c: Checkpoint, t: TensorInfo) -> Array:
-    """A whole small tensor."""
+    """A whole tensor. Raises CheckpointError for elements that are not whole bytes."""
+    if DTYPES[t.dtype].numpy is None:
+        raise CheckpointError(f"{t.name!r} is {t.dtype}, which numpy has no dtype for.")
     return np.frombuffer(bytes_of(c, t, 0, t.nbytes), DTYPES[t.dtype].numpy).reshape(t.shape)

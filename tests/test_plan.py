@@ -1,6 +1,7 @@
 """What is quantized, what is left and why, which weights share a scale, where they go."""
 
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -179,6 +180,9 @@ REFUSED = {
     "half a group": ({"m.q_proj.weight": weight(), "m.k_proj.weight": weight()}, {}, "w4a16",
                      {"ignore": ("m.k_proj",)},
                      r"'m.q_proj.weight' is quantized and 'm.k_proj.weight' is not \(--ignore\)"),
+    "a name twice": (
+        {"m.o_proj.weight": weight(), "m.o_proj.weight_scale": np.ones(3, "f4")}, {}, "fp8_block",
+        {}, "'m.o_proj.weight_scale' is in the source and would be written"),
     "two dtypes in a group": (
         {"m.q_proj.weight": weight(), "m.k_proj.weight": weight().astype("f4")}, {}, "w4a16", {},
         "'m.k_proj.weight' is F32 and 'm.q_proj.weight' is BF16, but loaders fuse them"),
@@ -282,6 +286,12 @@ def test_shard_size_is_a_limit_for_all_but_single_items(tmp_path):
     data = [s.size - len(s.header) for s in plan.shards]
     assert max(data) <= 50_000
     assert sum(data) == plan.bytes_out - sum(len(s.header) for s in plan.shards)
+
+
+def test_a_header_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["streamq.plan.place"], "MAX_HEADER", 1000)
+    with pytest.raises(PlanError, match=r"would have .* bytes, the format allows 1000"):
+        plan_of(make(tmp_path, NAMES))
 
 
 def test_names_that_need_escapes(tmp_path):

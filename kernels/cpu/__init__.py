@@ -1,7 +1,7 @@
 """The CPU backend: numba kernels, one file per operation, bit-equal to the reference.
 
-``quantize`` and ``amax`` have the signatures of ``streamq.kernels.reference`` and write
-into buffers the caller may hand in, so that a worker allocates nothing per slab.
+``quantize`` and ``amax`` have the signatures of ``streamq.kernels.reference``, but write into
+buffers the caller may hand in (``shapes``), so that a worker allocates nothing per slab.
 """
 
 from __future__ import annotations

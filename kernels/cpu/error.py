@@ -1,4 +1,8 @@
-"""What quantizing lost: energies of a weight and of its error, from the codes as written."""
+"""What quantizing lost: energies of a weight and of its error, from the codes as written.
+
+Computed in units of the row, so that a loader which overflows f32 at the very end of its
+range is not seen here.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
-from .bits import JIT, amax_bits, f32, u8, u16, u32, u64, value, widen
+from .bits import JIT, amax_bits, e4m3_value, f32, i32, u8, u16, u32, u64, value, widen
 
-f64, i8, i32 = np.float64, np.int8, np.int32
+f64, i8 = np.float64, np.int8
 
 E2M1, E4M3, INT = 0, 1, 2
 #: Elements summed in f32 before they are added to an f64.
@@ -29,9 +33,7 @@ def _e2m1_value(code):
 @register_jitable
 def _e4m3_value(code):
     """Value of a code with its sign in bit 7."""
-    m = u32(code & u8(127))
-    normal = u32((m << u32(20)) + u32(120 << 23)).view(f32)
-    v = normal if m > u32(7) else f32(f32(m) * f32(0.001953125))
+    v = f32(e4m3_value(u32(code & u8(127))))
     return u32(f32(v).view(u32) | (u32(code & u8(128)) << u32(24))).view(f32)
 
 

@@ -73,19 +73,18 @@ def mx(x: Any, bits: int, rounding: int, nibbles: bool, codes: Any, scale: Any) 
             divisor[b] = d
         out = row_codes if nibbles else codes[r]
         for b in range(blocks):
-            part = row[b * u64(32) : b * u64(32) + u64(32)]
-            o = out[b * u64(32) : b * u64(32) + u64(32)]
+            first, last = b * u64(32), b * u64(32) + u64(32)
             d = divisor[b]
             if rounding > ROUND_F32:
-                for i in range(u64(32)):
-                    q = round_to(f32(value(part, i) / d), rounding)
-                    o[i] = u8(e2m1_code(q) if bits == 4 else e4m3_code(q))
+                for i in range(first, last):
+                    q = round_to(f32(value(row, i) / d), rounding)
+                    out[i] = u8(e2m1_code(q) if bits == 4 else e4m3_code(q))
             elif bits == 4:
-                for i in range(u64(32)):
-                    o[i] = u8(e2m1_code(f32(value(part, i) / d)))
+                for i in range(first, last):
+                    out[i] = u8(e2m1_code(f32(value(row, i) / d)))
             else:
-                for i in range(u64(32)):
-                    o[i] = u8(e4m3_code(f32(value(part, i) / d)))
+                for i in range(first, last):
+                    out[i] = u8(e4m3_code(f32(value(row, i) / d)))
         if nibbles:
             pack_nibbles(row_codes, codes[r])
     return largest

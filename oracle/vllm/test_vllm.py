@@ -130,7 +130,6 @@ def test_vllm_computes_what_transformers_computes(name, source, tmp_path):
         assert found.shape == theirs.shape == (sum(map(len, tokens)) - len(tokens), VOCAB)
         return abs(found - theirs).mean()
 
-    print(name, apart(out), apart(source), out != source and apart(_spoiled(out, tmp_path / "sp")))
     assert apart(out) < BOUNDS[name]
     if name != "bf16":  # the bound is tight enough to see one wrong projection of fourteen
         assert apart(_spoiled(out, tmp_path / "spoiled")) > BOUNDS[name]

@@ -120,7 +120,8 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _one_by_one(entries: dict[str, Any], file: str, base: int, size: int) -> list[TensorInfo]:
     """The tensors in the order of their data. Raises CheckpointError for the first fault."""
-    placed = sorted(_tensor(name, entry, file, base) for name, entry in entries.items())
+    placed = [_tensor(name, entry, file, base) for name, entry in entries.items()]
+    placed.sort(key=itemgetter(0, 1))
     end = base
     for start, after, t in placed:
         if start != end:
@@ -140,7 +141,7 @@ def _one_by_one(entries: dict[str, Any], file: str, base: int, size: int) -> lis
 
 
 def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, TensorInfo]:
-    """First byte, the byte behind the last, and the tensor: tuples that sort by place."""
+    """First byte, the byte behind the last, and the tensor."""
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise CheckpointError(
             f"{file}: tensor {name!r} must have exactly dtype, shape and data_offsets."

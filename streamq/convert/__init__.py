@@ -61,8 +61,8 @@ def convert(
     """Write the checkpoint that ``plan`` describes to the directory ``dst``.
 
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
-    all workers. ``sync``: flush to disk before ``dst`` appears. ``stats``: measure what is
-    lost. ``progress`` is called
+    all workers. ``sync``: flush to disk before ``dst`` appears. ``stats``: measure
+    what the weights lose. ``progress`` is called
     with bytes of the source done and the name of the tensor they belong to, from any
     thread; ``notify`` with sentences for people. The bytes written depend on the plan alone.
 

@@ -39,6 +39,7 @@ class Stretch(NamedTuple):
 class Slab(NamedTuple):
     """What is read, quantized and written in one go: ``members`` whole, or rows of one.
 
+    ``layout``: of the first member; those of flat ones may differ in their shapes.
     ``start``: absolute byte offset in the file of the first member. ``begins`` and ``ends``
     count elements from there. ``width``: columns of the matrix that the slab is quantized as,
     ``span`` of the one that each member is whole rows of.
@@ -63,7 +64,7 @@ class Slab(NamedTuple):
 
 def stretches(weights: Weights, members: Array) -> Iterator[Stretch]:
     """Cut ``members``, in the order of the source, where one does not continue another."""
-    numels = weights.column(lambda x: x.rows * x.cols)[members]
+    numels = weights.column(lambda x: x.rows * x.cols, members)
     cuts = np.flatnonzero(~_continues(weights, members)) + 1
     begun = 0
     for end in [*cuts.tolist(), len(members)]:
@@ -76,11 +77,10 @@ def _continues(weights: Weights, members: Array) -> Array:
     a, b = members[:-1], members[1:]
 
     def both(of: Any) -> Array:
-        column = weights.column(of)
-        return np.array([column[a], column[b]])
+        return np.array([weights.column(of, a), weights.column(of, b)])
 
     size, cols, flat = both(lambda x: x.bytes_in), both(lambda x: x.cols), both(lambda x: x.flat)
-    whole = weights.column(lambda x: x.rows % x.row_step == 0)[a]
+    whole = weights.column(lambda x: x.rows % x.row_step == 0, a)
     outputs = np.array([x.sizes for x in weights.layouts])[weights.kind[a]]
     follows: Array = (
         (weights.places[a] + np.stack([0 * size[0], size[0]], 1) == weights.places[b]).all(1)
@@ -110,7 +110,7 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
     # Flat weights may be seen as rows of any length that divides them; long ones cost less.
     span = width = int(np.gcd.reduce(ends))
     if not layout.flat or width > ROW:
-        width = int(np.gcd.reduce(weights.column(lambda x: x.cols)[members]))
+        width = int(np.gcd.reduce(weights.column(lambda x: x.cols, members)))
     begins = np.concatenate(([0], ends[:-1]))
     begun = 0
     for end in _cuts(ends, SLAB // itemsize):

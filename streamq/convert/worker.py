@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -58,7 +59,7 @@ class Worker:
     def amax(self, work: list[Stretch], count: int) -> Array:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
         tops = np.zeros(count, np.float32)
-        for slab in _slabs(work):
+        for slab in chain.from_iterable(map(slabs, work)):
             x = self._read(slab).reshape(-1, slab.span)
             with _telling(slab, slab.span):
                 rows = self._kernels.amax(x)
@@ -76,7 +77,7 @@ class Worker:
     def quantize(self, work: list[Stretch], outer: Array | None, shard: ShardWriter) -> None:
         """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
         boxes = [Outbox(shard), Outbox(shard), Outbox(shard)]
-        for slab in _slabs(work):
+        for slab in chain.from_iterable(map(slabs, work)):
             x = self._read(slab)
             above = None
             if outer is not None:
@@ -146,7 +147,9 @@ class Worker:
         self._heed()
         dtype = DTYPES[slab.weights.dtype].numpy
         assert dtype is not None
-        part = self._arena[: int(slab.ends[-1]) * dtype.itemsize]
+        nbytes = int(slab.ends[-1]) * dtype.itemsize
+        part = self._arena[:nbytes]
+        assert len(part) == nbytes, "a slab larger than the plan's slab_memory"
         self._source.pread(slab.head.file, slab.start, part.data)
         return part.view(dtype)
 
@@ -176,11 +179,6 @@ class Outbox:
             self._shard.put(self._start, self._buffer[: self._filled])
         self._start += self._filled
         self._filled = 0
-
-
-def _slabs(work: list[Stretch]) -> Iterator[Slab]:
-    for stretch in work:
-        yield from slabs(stretch)
 
 
 def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:

@@ -15,7 +15,7 @@ from streamq.families import Family
 from streamq.formats import compressed_tensors as fmt
 
 from .choose import block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
-from .place import place, slab_memory
+from .place import place, refuse_impossible, slab_memory
 from .types import MAX_MEMORY, SLAB, Copy, Options, Plan, ShardPlan, Weights, slab_rows
 
 __all__ = [
@@ -34,6 +34,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     warnings = unused_patterns(source, options)
     warnings += block_warnings(tensors, chosen, homes, options.scheme)
     shards = place(tensors, source.files, chosen, homes, options)
+    refuse_impossible(shards)
     unquantized = [(tensors[i], why) for i, why in kept.items()]
     ignored = [t.name.removesuffix(".weight") for t, _ in unquantized if is_linear_like(t)]
     config = {**source.config, "quantization_config": fmt.config(options.scheme, sorted(ignored))}

@@ -11,17 +11,20 @@ split and numbered took 0.3 s, as columns 0.1 s.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from streamq.checkpoint import MAX_HEADER
+from streamq.errors import PlanError
 from streamq.formats import compressed_tensors as fmt
 from streamq.formats.layout import Layout
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.writer import build_header, quoted
 
-from .types import Array, Copy, Options, ShardPlan, Weights, slab_rows
+from .types import SLAB, Array, Copy, Options, ShardPlan, Weights, slab_rows
 
 
 class _Table(NamedTuple):
@@ -91,7 +94,7 @@ def _table(
 
 
 def _split(table: _Table, shard_size: int | None) -> Iterator[_Table]:
-    """As many shards as the source has, or shards of at most ``shard_size`` bytes."""
+    """A shard per file of the source that begins a group, or shards of ``shard_size`` bytes."""
     firsts = np.flatnonzero(np.diff(table.homes, prepend=-1))
     if shard_size is None:
         file = table.places[firsts, 0]
@@ -116,7 +119,7 @@ class _Region(NamedTuple):
 
     names: list[str]
     dtype: str
-    shapes: list[tuple[int, ...]]  # the distinct ones
+    shapes: list[tuple[int, ...]]  # of each layout
     kinds: list[int]  # of each tensor the number of its shape
     sizes: Array
 
@@ -192,15 +195,37 @@ def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:
 
 
 def slab_memory(shards: list[ShardPlan]) -> int:
-    """Bytes of the buffers of one worker: its widest slab as read, widened to f32, and packed."""
+    """Bytes of the buffers of one worker for its largest slab.
+
+    As read, widened to f32, packed, its scales, and the rows that kernels unpack.
+    """
     most = 0
     for layout, dtype in {
         (layout, w.dtype) for shard in shards for w in shard.weights for layout in w.layouts
     }:
-        row_bytes = layout.cols * DTYPES[dtype].itemsize
-        rows = slab_rows(layout, row_bytes)
+        itemsize = DTYPES[dtype].itemsize
+        # Several small weights are a slab of up to SLAB bytes, whatever the height of one's own.
+        rows = max(slab_rows(layout, layout.cols * itemsize), -(-SLAB // (layout.cols * itemsize)))
+        read = layout.cols * itemsize * rows
         widened = 4 * layout.cols * rows if dtype == "F16" else 0
         packed = layout.packing.row_bytes(layout.cols) * rows
         scales = 8 * rows * sum(e.shape[-1] for e in layout.entries if e.role == "scale")
-        most = max(most, row_bytes * rows + widened + packed + scales)
+        most = max(most, read + widened + packed + scales + 6 * layout.cols)
     return most
+
+
+def refuse_impossible(shards: list[ShardPlan]) -> None:
+    """Raise PlanError for a header that is too long or a name that would be written twice."""
+    for shard in shards:
+        if len(shard.header) - 8 > MAX_HEADER:
+            raise PlanError(
+                f"the header of {shard.name} would have {len(shard.header) - 8} bytes, the format "
+                f"allows {MAX_HEADER}; use a smaller --shard-size."
+            )
+    names = [name for shard in shards for name in shard.names]
+    if len(set(names)) != len(names):
+        name, _ = Counter(names).most_common(1)[0]
+        raise PlanError(
+            f"tensor {name!r} is in the source and would be written for a quantized weight too; "
+            "the source is partly quantized, or leave the weight with --ignore."
+        )

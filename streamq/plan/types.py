@@ -61,9 +61,9 @@ class Weights:
         """Each weight with its layout."""
         return zip(self.sources, map(self.layouts.__getitem__, self.kind.tolist()), strict=True)
 
-    def column(self, of: Callable[[Layout], int]) -> Array:
-        """A number that follows from the layout, for each weight; int64 ``[n]``."""
-        return np.array([of(layout) for layout in self.layouts], np.int64)[self.kind]
+    def column(self, of: Callable[[Layout], int], rows: Array | slice = slice(None)) -> Array:
+        """A number that follows from the layout, for each of some rows; int64 ``[rows]``."""
+        return np.array([of(layout) for layout in self.layouts], np.int64)[self.kind[rows]]
 
 
 class Copy(NamedTuple):

@@ -42,11 +42,10 @@ def build_header(regions: Iterable[Region]) -> bytes:
     """The length and JSON that open a file.
 
     Takes columns ``(names, dtype, shapes, kinds, starts, sizes)`` in the order of the data,
-    which has no gaps; names ``quoted``, ``kinds`` numbers in ``shapes``, which are the distinct
-    ones, offsets counted from the first data byte. Padded with spaces to
-    a multiple of 8, as the format's owner does, so that data starts aligned. ``format: pt``
-    because loaders refuse files without it. Columns are joined, as formatting each entry takes
-    twice as long.
+    which has no gaps; names ``quoted``, ``kinds`` numbers in ``shapes``, offsets counted from
+    the first data byte. Padded with spaces to a multiple of 8, as the format's owner does, so
+    that data starts aligned. ``format: pt`` because loaders refuse files without it. Columns
+    are joined, as formatting each entry takes twice as long.
     """
     parts = ['{"__metadata__":{"format":"pt"}']
     for names, dtype, shapes, kinds, starts, sizes in regions:
