@@ -105,17 +105,19 @@ def make(name: str, folder: Path) -> Path:
 
 
 def _split(shapes: Shapes, count: int) -> Iterator[Shapes]:
+    """Shards of about one size; llm-compressor refuses those that cut through q, k and v."""
     total = sum(prod(shape) for shape in shapes.values())
     part: Shapes = {}
     done, given = 0, 0
+    block = ""
     for name, shape in shapes.items():
-        part[name] = shape
-        done += prod(shape)
-        if done * count >= total * (given + 1):
+        before, block = block, name.rsplit(".", 2)[0]
+        if block != before and done * count >= total * (given + 1):
             yield part
             part, given = {}, given + 1
-    if part:
-        yield part
+        part[name] = shape
+        done += prod(shape)
+    yield part
 
 
 def _write(path: Path, shapes: Shapes, data: memoryview | None) -> None:

@@ -66,12 +66,15 @@ def contestants(scheme: str) -> list[Contestant]:
 def rivals(scheme: str) -> list[Contestant]:
     """Ours and every other tool that is installed and has the scheme."""
     ours = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
-    found = [Contestant("streamq", ours, "")]
+    found = [
+        Contestant("streamq", ours, ""),
+        Contestant("streamq --no-sync", [*ours, "--no-sync"], ""),
+    ]
     for name, (_, environment, schemes) in PEERS.items():
         python = HERE.parent / ".oracle" / environment / "bin" / "python"
         if scheme in schemes and python.is_file():
             command = [str(python), str(HERE / "peers.py"), name, "{src}", "{dst}", scheme]
-            found.append(Contestant(name, command, "streamq"))
+            found.append(Contestant(name, command, "streamq --no-sync"))  # nor do they sync
     return found
 
 
