@@ -103,7 +103,7 @@ def run(command: list[str], src: Path, dst: Path, prime: bool = True) -> Run:
     if process.returncode:
         sys.exit(f"failed with {process.returncode}: {' '.join(filled)}")
     shutil.rmtree(dst, ignore_errors=True)
-    return Run(seconds, usage.ru_maxrss / 1000)
+    return Run(seconds, usage.ru_maxrss * 1024 / 1e6)
 
 
 def warm(src: Path) -> None:
