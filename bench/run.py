@@ -1,6 +1,6 @@
 """Whole conversions side by side: alternating runs, medians, whole processes.
 
-    python bench/run.py                       S and M, NVFP4A16 and FP8_BLOCK, and K against L
+    python bench/run.py                       S, M, MoE, NVFP4A16 and FP8_BLOCK, and K against L
     python bench/run.py -c M -s w4a16 -r 9    one checkpoint, one scheme, nine rounds
     python bench/run.py --kernels             GB/s of every kernel beside memcpy
     python bench/run.py --peers -r 3          other tools, where `make oracle` installed them
@@ -199,7 +199,7 @@ def main() -> None:
         show(measure(), "kernels")
         return
     schemes = o.scheme or ["nvfp4a16", "fp8_block"]
-    names = o.checkpoint or ["S", "M", "K"]
+    names = o.checkpoint or ["S", "M", "MoE", "K"]
     if o.peers:
         rows = [row for c in o.checkpoint or ["M"] for s in schemes
                 for row in race(c, s, o.rounds, rivals(s))]  # fmt: skip

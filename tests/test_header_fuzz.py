@@ -204,7 +204,7 @@ def test_bytes_are_judged_as_by_the_package(path, data):
 
 @given(HEADERS, st.binary(max_size=8))
 def test_json_is_judged_as_by_the_package(path, header, data):
-    agree(path, pack(header, data))
+    agree(path, pack(json.dumps(header), data))
 
 
 @given(mutated_tokens() | mutated_values())
