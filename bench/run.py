@@ -49,9 +49,13 @@ class Run(NamedTuple):
     memory: float
 
 
+def _ours(scheme: str) -> list[str]:
+    return [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
+
+
 def contestants(scheme: str) -> list[Contestant]:
     """Ours, ``cp`` and the run without kernels, with and without a sync of the files."""
-    ours = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
+    ours = _ours(scheme)
     io = [sys.executable, str(HERE / "io_only.py"), *ours[1:]]
     return [
         Contestant("cp -r", ["cp", "-r", "{src}", "{dst}"], ""),
@@ -65,7 +69,7 @@ def contestants(scheme: str) -> list[Contestant]:
 
 def rivals(scheme: str) -> list[Contestant]:
     """Ours and every other tool that is installed and has the scheme."""
-    ours = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
+    ours = _ours(scheme)
     found = [
         Contestant("streamq", ours, ""),
         Contestant("streamq --no-sync", [*ours, "--no-sync"], ""),
@@ -152,7 +156,7 @@ def many_against_few(scheme: str, rounds: int) -> list[dict[str, Any]]:
     sources = {name: make(name) for name in ("K", "L")}
     dst = WORK / "out"
     results: dict[str, list[Run]] = {name: [] for name in sources}
-    command = [STREAMQ, "convert", "{src}", "{dst}", "--scheme", scheme, "--quiet"]
+    command = _ours(scheme)
     for src in sources.values():
         warm(src)
         run(command, src, dst)

@@ -14,7 +14,6 @@ from types import ModuleType
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.plan import MAX_MEMORY, Plan
 from streamq.quality import Quality
-from streamq.tensors import DTYPES
 from streamq.writer import Destination, ShardWriter, check_destination
 
 from .jobs import Job, Scheduler
@@ -110,10 +109,9 @@ def _load_kernels(plan: Plan, stats: bool, notify: Callable[[str], None] | None)
         from streamq.kernels import cpu
 
         for packing, dtype in {
-            (layout.packing, DTYPES[weights.dtype].numpy)
+            (layout.packing, weights.numpy)
             for shard in plan.shards for weights in shard.weights for layout in weights.layouts
         }:  # fmt: skip
-            assert dtype is not None
             cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics, stats)
     finally:
         timer.cancel()

@@ -13,7 +13,7 @@ import numpy as np
 
 from streamq.formats.layout import Layout
 from streamq.plan import SLAB, Weights, slab_rows
-from streamq.tensors import DTYPES, TensorInfo
+from streamq.tensors import TensorInfo
 
 #: Elements of the longest row that flat weights are seen as.
 ROW = 1 << 16
@@ -94,7 +94,7 @@ def _continues(weights: Weights, members: Array) -> Array:
 def slabs(stretch: Stretch) -> Iterator[Slab]:
     """Cut a stretch into slabs: between members, or between the rows of a single one."""
     weights, members, ends, first, number = stretch
-    itemsize = DTYPES[weights.dtype].itemsize
+    itemsize = weights.numpy.itemsize
     layout = weights.layouts[int(weights.kind[members[0]])]
     cols = layout.cols
     start = int(weights.places[members[0], 1])

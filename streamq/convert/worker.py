@@ -17,7 +17,6 @@ from streamq.kernels.reference import outer_scale
 from streamq.plan import Weights
 from streamq.quality import Quality
 from streamq.schemes import Numerics, Quantized
-from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
 from .slabs import Array, Slab, Stretch, slabs
@@ -70,9 +69,7 @@ class Worker:
 
     def outer(self, amax: Array, weights: Weights) -> Array:
         """The scale above the blocks for the amax of each group of these weights."""
-        dtype = DTYPES[weights.dtype].numpy
-        assert dtype is not None
-        return outer_scale(amax, weights.scheme, dtype, self._numerics)
+        return outer_scale(amax, weights.scheme, weights.numpy, self._numerics)
 
     def quantize(self, work: list[Stretch], outer: Array | None, shard: ShardWriter) -> None:
         """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
@@ -145,8 +142,7 @@ class Worker:
 
     def _read(self, slab: Slab) -> Array:
         self._heed()
-        dtype = DTYPES[slab.weights.dtype].numpy
-        assert dtype is not None
+        dtype = slab.weights.numpy
         nbytes = int(slab.ends[-1]) * dtype.itemsize
         part = self._arena[:nbytes]
         assert len(part) == nbytes, "a slab larger than the plan's slab_memory"

@@ -11,7 +11,7 @@ import numpy as np
 from streamq.errors import PlanError
 from streamq.formats.layout import Layout
 from streamq.schemes import Numerics, Scheme
-from streamq.tensors import TensorInfo
+from streamq.tensors import DTYPES, TensorInfo
 
 Array = np.ndarray[Any, Any]
 
@@ -58,6 +58,13 @@ class Weights:
     steps: Array
     places: Array
     starts: Array
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy dtype of the weights; every float that is quantized has one."""
+        dtype = DTYPES[self.dtype].numpy
+        assert dtype is not None
+        return dtype
 
     def pairs(self) -> Iterator[tuple[TensorInfo, Layout]]:
         """Each weight with its layout."""
