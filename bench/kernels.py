@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from streamq.kernels import cpu
 
-from streamq.formats import compressed_tensors as fmt
+from streamq.formats import FORMATS
 from streamq.schemes import SCHEMES, Quantized
 
 #: One slab of a conversion: it stays in the L2 cache there as well.
@@ -29,7 +29,7 @@ def measure() -> list[dict[str, Any]]:
         "amax": lambda: cpu.amax(x),
     }
     for name, scheme in SCHEMES.items():
-        packing = fmt.layout(ROWS, COLS, "BF16", scheme).packing
+        packing = FORMATS["compressed-tensors"].layout(ROWS, COLS, "BF16", scheme).packing
         buffers = [np.empty(*b) for b in cpu.shapes(ROWS, COLS, x.dtype, scheme, packing)]
         outer = np.full(ROWS, 25000, np.float32) if scheme.needs_amax else None
         out = Quantized(*buffers)

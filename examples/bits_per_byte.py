@@ -21,8 +21,8 @@ from text import text
 from streamq.checkpoint import open_checkpoint
 from streamq.convert import convert
 from streamq.plan import Options, make_plan
-from streamq.quantized import open_tensors
 from streamq.schemes import SCHEMES, resolve
+from streamq.stored import open_tensors
 
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]

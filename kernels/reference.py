@@ -86,32 +86,53 @@ def quantize(
         stored = scale = outer[:, None]
     elif scheme.scale == "e8m0":
         stored, scale = _mx_scale(w, scheme, x.dtype, numerics)
-    elif scheme.two_level:
-        assert outer is not None
-        stored, scale = _nvfp4_scale(w, scheme, x.dtype, numerics, outer)
+    elif scheme.scale == "e4m3":
+        g = np.ones(len(w), F32) if outer is None else outer
+        stored, scale = _nvfp4_scale(w, scheme, x.dtype, numerics, g)
     elif scheme.symmetric:
         top = _block_reduce(np.abs(w), scheme, np.maximum)
         scale = _guarded_scale(top / _levels(scheme), scheme, x.dtype, numerics)
         stored = scale.astype(_scale_dtype(scheme, x.dtype))
+        if scheme.unrounded:  # gpt-fast's guard; the stored scale is never 0 either
+            scale = np.maximum(top / _levels(scheme), ml_dtypes.finfo(F32).eps)
+            stored = _guarded_scale(scale, scheme, x.dtype, numerics).astype(stored.dtype)
     else:
         scale, zero_point = _asymmetric(w, scheme, x.dtype, numerics)
         stored = scale.astype(_scale_dtype(scheme, x.dtype))
     refuse_non_finite("scale", stored)
+    if scheme.scales == "search":
+        from streamq.kernels import reference_search as better  # which needs all of this file
 
+        if better.searches(scheme):
+            absmax = better.Blocks(stored, scale, zero_point)
+            found = better.search(w, scheme, x.dtype, numerics, outer, absmax)
+            stored, scale, zero_point = found
+
+    codes = codes_of(w, scale, zero_point, scheme, x.dtype, numerics)
+    return Quantized(pack(codes, packing), stored, zero_point, outer if scheme.two_level else None)
+
+
+def codes_of(
+    w: Array,
+    scale: Array,
+    zero_point: Array | None,
+    scheme: Scheme,
+    weight: np.dtype[Any],
+    numerics: Numerics,
+) -> Array:
+    """Codes, one per byte, of ``w`` f32 ``[rows, cols]`` under the scale of each block."""
     q = w / spread(scale, scheme, w.shape)
     if numerics == "weight" and not scheme.two_level:
-        q = _as(q, x.dtype)
+        q = _as(q, weight)
     if scheme.element == "e2m1":
-        codes: Array = e2m1_codes(q)
-    elif scheme.element == "e4m3":
-        codes = np.clip(q, -E4M3_MAX, E4M3_MAX).astype(E4M3)
-    else:
-        lo, hi = scheme.code_range
-        if zero_point is not None:
-            q = q + spread(zero_point.astype(F32), scheme, w.shape)
-            q = _as(q, x.dtype) if numerics == "weight" else q
-        codes = np.rint(np.clip(q, lo, hi)).astype(np.int8)
-    return Quantized(pack(codes, packing), stored, zero_point, outer if scheme.two_level else None)
+        return e2m1_codes(q)
+    if scheme.element == "e4m3":
+        return np.clip(q, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    lo, hi = scheme.code_range
+    if zero_point is not None:
+        q = q + spread(zero_point.astype(F32), scheme, w.shape)
+        q = _as(q, weight) if numerics == "weight" else q
+    return np.rint(np.clip(q, lo, hi)).astype(np.int8)
 
 
 def dequantize(q: Quantized, scheme: Scheme) -> Array:
@@ -191,8 +212,11 @@ def _as(x: Array, dtype: np.dtype[Any]) -> Array:
         return x.astype(dtype).astype(F32)
 
 
+_FLOATS = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+
+
 def _scale_dtype(scheme: Scheme, weight: np.dtype[Any]) -> np.dtype[Any]:
-    return weight if scheme.scale == "weight" else np.dtype(F32)
+    return weight if scheme.scale == "weight" else _FLOATS.get(scheme.scale, np.dtype(F32))
 
 
 def _levels(scheme: Scheme) -> np.float32:
@@ -210,16 +234,21 @@ def _guarded_scale(
     stored = _scale_dtype(scheme, weight)
     eps = F32(ml_dtypes.finfo(stored).eps)
     substitute = F32(1) if scheme.element == "e4m3" and numerics == "f32" else eps
+    if scheme.power_of_two:
+        mantissa, exponent = np.frexp(scale)
+        scale = np.where(scale == 0, 0, np.ldexp(F32(1), exponent - (mantissa == 0.5)))
     scale = _as(scale, stored)
     return np.where(scale == 0, substitute, scale)
 
 
 def _asymmetric(
-    w: Array, scheme: Scheme, weight: np.dtype[Any], numerics: Numerics
+    w: Array, scheme: Scheme, weight: np.dtype[Any], numerics: Numerics, factor: Any = 1
 ) -> tuple[Array, Array]:
     lo, hi = scheme.code_range
-    low = np.minimum(_block_reduce(w, scheme, np.minimum), 0)
-    high = np.maximum(_block_reduce(w, scheme, np.maximum), 0)
+    low = np.minimum(_block_reduce(w, scheme, np.minimum), 0) * factor
+    high = np.maximum(_block_reduce(w, scheme, np.maximum), 0) * factor
+    if numerics == "weight":
+        low, high = _as(low, weight), _as(high, weight)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         span = high - low
         if numerics == "weight":

@@ -86,8 +86,17 @@ def _scheme_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--scheme", "-s", required=True, metavar="NAME",
                      help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
                           "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
+        click.option("--format", "-f", "format_", metavar="NAME",
+                     help="What loaders it is for; `streamq formats` lists them "
+                          "(default: compressed-tensors)."),
         click.option("--group-size", type=int, metavar="N",
-                     help="Columns that share a scale, for integer group schemes (default 128)."),
+                     help="Columns that share a scale, for integer group schemes (default 128; "
+                          "-1: whole rows)."),
+        click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
+                     show_default=True,
+                     help="From the largest magnitude, or searched for the least error."),
+        click.option("--requantize", is_flag=True,
+                     help="Also convert weights that are quantized to another scheme already."),
         click.option("--ignore", multiple=True, metavar="PATTERN",
                      help="Leave these modules as they are; a glob, or re:REGEX. Repeatable."),
         click.option("--only", multiple=True, metavar="PATTERN",
@@ -111,17 +120,20 @@ def _scheme_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _options(o: dict[str, Any]) -> Any:
     """plan.Options from the command line."""
+    from dataclasses import replace
     from math import isfinite
 
     from streamq.errors import PlanError
+    from streamq.formats import named
     from streamq.plan import Options
     from streamq.schemes import resolve
 
     if not (isfinite(o["input_scale"]) and o["input_scale"] > 0):
         raise PlanError(f"--input-scale must be above zero, got {o['input_scale']}.")
     return Options(
-        resolve(o["scheme"], o["group_size"]), o["ignore"], o["only"], o["numerics"],
-        o["shard_size"], o["input_scale"],
+        replace(resolve(o["scheme"], o["group_size"]), scales=o["scales"]),
+        o["ignore"], o["only"], o["numerics"], o["shard_size"], o["input_scale"],
+        named(o["format_"]) if o["format_"] else None, o["requantize"],
     )  # fmt: skip
 
 
@@ -212,9 +224,25 @@ def convert(src: str, dst: str, **o: Any) -> None:
         f"({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
         f"{summary.workers} workers, {summary.backend}"
     )
+    if made.verbatim:
+        say(f"the source is in {made.options.scheme.name} already: copied as it is")
+    if summary.rounded:
+        say(f"note: {summary.rounded} scales had to be rounded to the dtype that this format has")
     if summary.quality:
         for line in show.quality_lines(summary.quality):
             say(line)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def formats(as_json: bool) -> None:
+    """List the formats, who loads them, and the schemes they hold."""
+    from streamq import show
+
+    if as_json:
+        click.echo(json.dumps(show.formats_json(), indent=2))
+    else:
+        show.show_formats()
 
 
 @cli.command()

@@ -15,12 +15,17 @@ import numpy as np
 
 from streamq.errors import PlanError
 
-Element = Literal["int", "e4m3", "e2m1"]
-ScaleType = Literal["weight", "f32", "e4m3", "e8m0"]
+Element = Literal["int", "e4m3", "e2m1", "bf16", "f16", "f32"]
+ScaleType = Literal["weight", "bf16", "f16", "f32", "e4m3", "e8m0"]
+FloatType = Literal["bf16", "f16", "f32"]
 Numerics = Literal["f32", "weight"]
+Scales = Literal["absmax", "search"]
 
 #: The whole axis, in Scheme.block.
 ALL = -1
+
+#: Elements that are not codes, and scales that are floats, with their dtype in a header.
+FLOAT_TAGS: dict[str, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,10 @@ class Scheme:
     ``block = (rows, cols)`` is the set of elements that share one scale, ALL for a whole
     axis. ``scale`` is the dtype the scale is stored in ("weight": the dtype of the weight).
     ``two_level`` schemes have an f32 global scale above the block scales. ``narrow``
-    integers use the range +-(2^(bits-1) - 1).
+    integers use the range +-(2^(bits-1) - 1). ``scales``: from the largest magnitude of a
+    block, or searched for the least squared error. ``power_of_two`` float scales are rounded
+    up to one (DeepSeek's ue8m0). ``unrounded``: codes come from the f32 scale, before it is
+    rounded to its storage dtype (gpt-fast). A float element is not quantized at all.
     """
 
     name: str
@@ -51,8 +59,21 @@ class Scheme:
     scale: ScaleType = "weight"
     symmetric: bool = True
     narrow: bool = False
+    power_of_two: bool = False
+    unrounded: bool = False
     two_level: bool = False
     activation: Activation | None = None
+    scales: Scales = "absmax"
+
+    @property
+    def is_float(self) -> bool:
+        """Plain bf16, f16 or f32: no codes, no scale."""
+        return self.element in FLOAT_TAGS
+
+    @property
+    def numbers(self) -> tuple[object, ...]:
+        """What decides which numbers codes stand for; equal for schemes that can be repacked."""
+        return self.element, self.bits, self.block, self.symmetric, self.two_level
 
     @property
     def whole_tensor(self) -> bool:
@@ -153,13 +174,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "FP8_DYNAMIC": _fp8((1, ALL), Activation("e4m3", 8, "token")),
     "FP8_BLOCK": _fp8((128, 128), Activation("e4m3", 8, "group", 128)),
     "W8A8": _int(8, 8, block=(1, ALL)),
-    "W4A16_ASYM": _int(4, symmetric=False),
     "W4AFP8": _int(4, activation=Activation("e4m3", 8, "token")),
     "W4A8": _int(4, 8),
     **{f"W{b}A16": _int(b) for b in range(2, 9)},
+    **{f"W{b}A16_ASYM": _int(b, symmetric=False) for b in range(2, 9)},
 }
 
 SCHEMES: dict[str, Scheme] = {name: Scheme(name, **kw) for name, kw in _PRESETS.items()}
+
+#: Not quantized: what a quantized source is brought back to.
+PLAIN: dict[str, Scheme] = {
+    "BF16": Scheme("BF16", "bf16", 16, (1, ALL)),
+    "F16": Scheme("F16", "f16", 16, (1, ALL)),
+    "F32": Scheme("F32", "f32", 32, (1, ALL)),
+}
 
 ALIASES = {"INT8": "W8A8"}
 
@@ -176,11 +204,13 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
             "FP8 has a static activation scale that only calibration data can give; "
             "use FP8_DYNAMIC, which quantizes activations at run time."
         )
-    scheme = SCHEMES.get(key)
+    scheme = SCHEMES.get(key) or PLAIN.get(key)
     if scheme is None:
         near = get_close_matches(key, [*SCHEMES, *ALIASES], 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise PlanError(f"unknown scheme {name!r}: {hint}known schemes are {', '.join(SCHEMES)}.")
+        raise PlanError(
+            f"unknown scheme {name!r}: {hint}known schemes are {', '.join([*SCHEMES, *PLAIN])}."
+        )
     if group_size is None:
         return scheme
     if scheme.element != "int" or scheme.block[1] == ALL:
@@ -188,8 +218,10 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
             f"--group-size does not apply to {scheme.name}: its block of "
             f"{block_text(scheme.block)} is part of the scheme."
         )
-    if group_size < 8 or group_size % 8:
-        raise PlanError(f"--group-size must be a multiple of 8, got {group_size}.")
+    if group_size != ALL and (group_size < 8 or group_size % 8):
+        raise PlanError(
+            f"--group-size must be a multiple of 8, or -1 for whole rows, got {group_size}."
+        )
     return replace(scheme, block=(1, group_size))
 
 

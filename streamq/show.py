@@ -9,7 +9,7 @@ from typing import Any
 
 from streamq.checkpoint import Checkpoint
 from streamq.families import Family, collapse
-from streamq.formats import compressed_tensors as fmt
+from streamq.formats import FORMATS
 from streamq.plan import Plan
 from streamq.quality import Quality
 from streamq.schemes import block_text
@@ -33,7 +33,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "scheme": scheme.name,
-        "format": fmt.NAME,
+        "format": format_of(plan),
         "numerics": plan.options.numerics,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
@@ -120,8 +120,10 @@ def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
 def scheme_text(plan: Plan) -> str:
     """What the preset means, in words."""
     s = plan.options.scheme
+    if s.is_float:
+        return f"{s.name.lower()} weights"
     element = {"int": f"int{s.bits}", "e4m3": "FP8 e4m3", "e2m1": "FP4 e2m1"}[s.element]
-    scale = {"weight": "the weight's dtype", "f32": "f32", "e4m3": "FP8 e4m3", "e8m0": "E8M0"}
+    scale = {"weight": "the weight's dtype", "e4m3": "FP8 e4m3", "e8m0": "E8M0"}
     symmetry = "" if s.symmetric else ", zero points"
     level = ", an f32 scale above" if s.two_level else ""
     inputs = (
@@ -129,9 +131,30 @@ def scheme_text(plan: Plan) -> str:
     )
     return (
         f"{element} in blocks of {block_text(s.block)}, "
-        f"scales in {scale[s.scale]}{level}{symmetry}; activations {inputs}; "
-        f"format {fmt.NAME} ({fmt.format_name(s)})"
+        f"scales in {scale.get(s.scale, s.scale)}{level}{symmetry}; activations {inputs}; "
+        f"format {format_of(plan)}"
     )
+
+
+def format_of(plan: Plan) -> str:
+    """The name of the output's format."""
+    assert plan.options.format is not None
+    return plan.options.format.name
+
+
+def formats_json() -> list[dict[str, Any]]:
+    """The formats for programs."""
+    return [{"name": f.name, "loaders": f.loaders, "schemes": list(f.presets)}
+            for f in FORMATS.values()]  # fmt: skip
+
+
+def show_formats() -> None:
+    """The formats as a table; the first that holds a scheme is its default."""
+    console = _console()
+    table = _table("format", "for", "schemes")
+    for f in FORMATS.values():
+        table.add_row(f.name, f.loaders, ", ".join(f.presets))
+    console.print(table)
 
 
 def _files(n: int) -> str:

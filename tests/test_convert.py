@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamq.kernels import reference
 
-from streamq.formats import compressed_tensors as fmt
 from streamq.schemes import ALL, SCHEMES
 
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -39,16 +38,20 @@ def check(tensors, scheme, **options):
                 if scheme.needs_amax:
                     top = np.full(len(x), tops[step], np.float32)
                     outer = reference.outer_scale(top, scheme, x.dtype, "f32")
-                q = reference.quantize(x, scheme, layout.packing, outer=outer)
-                wanted = {k: v.tobytes() for k, v in fmt.pack(q, scheme).items()}
+                q = reference.quantize(x, weights.scheme, outer=outer)
+                pack = weights.target.format.pack
                 module = t.name.removesuffix("weight")
                 for e in layout.entries:
                     found, data = out[module + e.suffix]
                     assert (found.dtype, found.shape) == (e.dtype, e.shape)
                     if e.role == "global_scale":
-                        assert data == outer[:1].tobytes()
+                        g = weights.target.format.pack_global(outer[:1], x.dtype)
+                        assert data == g.tobytes()
+                    elif e.role == "constant":
+                        assert data == e.value
                     else:
-                        assert data == (e.value or wanted[e.role]), t.name
+                        wanted = pack(e.role, q, layout, weights.scheme)
+                        assert data == wanted.tobytes(), (t.name, e.suffix)
 
 
 # A small weight after a lower one: the slab of both is higher than either's own would be.

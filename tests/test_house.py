@@ -17,8 +17,10 @@ FLOORS = [
     {"errors"},
     {"tensors"},
     {"schemes"},
-    {"checkpoint", "writer", "formats", "families", "kernels"},
-    {"plan", "quantized", "quality"},
+    {"checkpoint", "writer", "families", "kernels"},
+    {"formats", "quality"},
+    {"stored"},
+    {"plan"},
     {"convert", "verify", "show", "progress"},
     {"cli"},
 ]

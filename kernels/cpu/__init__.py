@@ -16,8 +16,10 @@ from streamq.errors import NonFiniteError
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
 
 from . import amax as _amax
+from . import dequantize as _dequantize
 from . import error, fp8, integer, mx, nvfp4
 from .bits import INF_BITS, ROUND_BF16, ROUND_F16, ROUND_F32
+from .packing import pack_nibbles, unpack_words
 
 Array = np.ndarray[Any, Any]
 
@@ -25,6 +27,8 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 _ROUND = {_BF16: ROUND_BF16, np.dtype(np.float16): ROUND_F16, np.dtype(np.float32): ROUND_F32}
 _EPS = {dtype: np.float32(ml_dtypes.finfo(dtype).eps) for dtype in _ROUND}
 _SCALE: dict[str, np.dtype[Any]] = {
+    "bf16": _BF16,
+    "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
     "e4m3": E4M3,
     "e8m0": np.dtype(np.uint8),
@@ -33,7 +37,7 @@ _BYTES = np.arange(256, dtype=np.uint8)
 #: Values of scales of one byte; a table is 30 times faster than the cast of ml_dtypes.
 _SCALE_VALUES = {
     "e4m3": _BYTES.view(E4M3).astype(np.float32),
-    "e8m0": np.ldexp(np.float32(1), np.minimum(_BYTES, 254).astype(np.int32) - 127),
+    "e8m0": np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.inf)),
 }
 
 NAME = "cpu (numba)"
@@ -80,8 +84,8 @@ def quantize(
     if scheme.whole_tensor:
         assert outer is not None
         top = fp8.fp8_rows(bits, outer, quotient, codes)
-    elif scheme.two_level:
-        assert outer is not None
+    elif scheme.scale == "e4m3":
+        outer = np.ones(len(x), np.float32) if outer is None else outer
         scale = out.scale.view(np.uint8)
         top = nvfp4.nvfp4(bits, outer, quotient, packing.kind == "nibbles", codes, scale)
     elif scheme.scale == "e8m0":
@@ -95,6 +99,25 @@ def quantize(
     return Quantized(out.codes, out.scale, out.zero_point, outer if scheme.two_level else None)
 
 
+def dequantize(q: Quantized, scheme: Scheme, out: Array | None = None) -> Array:
+    """Values of unpacked codes, f32; see ``streamq.kernels.reference.dequantize``.
+
+    ``out``: where to write, f32 ``[rows, cols]``; made where None.
+    """
+    rows, cols = q.codes.shape
+    if out is None:
+        out = np.empty((rows, cols), np.float32)
+    scale = _widened(q.scale, scheme)
+    if q.global_scale is not None:
+        with np.errstate(all="ignore"):
+            scale = scale / np.asarray(q.global_scale, np.float32).reshape(-1, 1)
+    zero = np.zeros_like(scale) if q.zero_point is None else q.zero_point.astype(np.float32)
+    br, bc = scheme.block_of(rows, cols)
+    br = 1 if len(scale) == rows else br
+    _dequantize.VALUES[scheme.element](q.codes.view(np.uint8), scale, zero, br, bc, out)
+    return out
+
+
 def energies(
     x: Array, q: Quantized, scheme: Scheme, packing: Packing, outer: Array | None
 ) -> Array:
@@ -105,19 +128,25 @@ def energies(
     if scheme.whole_tensor:
         assert outer is not None
         scale = outer.reshape(-1, 1)
-    elif q.scale.itemsize == 1:
-        scale = _SCALE_VALUES[scheme.scale].take(q.scale.view(np.uint8))
     else:
-        scale = q.scale.astype(np.float32)
+        scale = _widened(q.scale, scheme)
     g = outer if scheme.two_level and outer is not None else np.ones(len(x), np.float32)
-    zero = np.zeros_like(scale) if q.zero_point is None else q.zero_point.astype(np.float32)
     br, bc = scheme.block_of(*x.shape)
     br = 1 if scheme.whole_tensor else br
-    bits = 8 if packing.kind == "bytes" else packing.bits
-    shift = 1 << (bits - 1) if packing.kind == "words" else 0
+    codes, flip = q.codes.view(np.uint8), np.uint8(0)
+    paired = scheme.element == "e2m1" or (packing.bits == 4 and bc % 2 == x.shape[1] % 2 == 0)
+    if packing.kind == "words" and packing.bits == 8:
+        flip = np.uint8(128)
+    elif packing.kind == "words" and not paired:
+        offset = 1 << (packing.bits - 1)
+        codes = unpack_words(codes, packing.bits, x.shape[1], offset).view(np.uint8)
+    elif packing.kind == "bytes" and paired:
+        codes = pack_nibbles(codes)
+    zeroed = q.zero_point is not None
+    zero = scale if q.zero_point is None else q.zero_point.astype(np.float32)
     out = np.empty((len(x), 2))
-    sums = error.SUMS[scheme.element]
-    sums(_as_bits(x), q.codes.view(np.uint8), bits, shift, scale, zero, g, br, bc, out)
+    sums = error.sums(scheme.element, paired, zeroed)
+    sums(_as_bits(x), codes, flip, scale, zero, g, br, bc, out)
     return out
 
 
@@ -150,13 +179,19 @@ def _with_float_scale(
     eps = _EPS[out.scale.dtype]
     packed_bits = packing.bits if packing.kind == "words" else 0
     lo, hi = scheme.code_range
+    least = np.float32(0)
+    if scheme.power_of_two:
+        stored = fp8.UP
+    if scheme.unrounded:
+        stored, eps = ROUND_F32, _EPS[scale.dtype]
+        least = eps
     if scheme.element == "e4m3":
         substitute = eps if numerics == "weight" else np.float32(1)
         top = fp8.fp8_blocks(bits, br, bc, stored, quotient, substitute, codes, scale)
     elif scheme.symmetric:
         levels = np.float32(hi if scheme.narrow else hi + 0.5)
         top = integer.int_symmetric(
-            bits, bc, levels, lo, hi, stored, quotient, eps, packed_bits, codes, scale
+            bits, bc, levels, lo, hi, stored, quotient, eps, least, packed_bits, codes, scale
         )
     else:
         top = integer.int_asymmetric(
@@ -169,6 +204,17 @@ def _with_float_scale(
         row, col = np.argwhere(~np.isfinite(scale))[0]
         raise NonFiniteError("scale", int(row), int(col))
     return top
+
+
+def _widened(scale: Array, scheme: Scheme) -> Array:
+    """A scale of any storage dtype as f32."""
+    if scale.itemsize > 1:
+        return scale.astype(np.float32, copy=False)
+    wide = np.empty(scale.shape, np.float32)
+    _dequantize.look_up(
+        scale.reshape(-1).view(np.uint8), _SCALE_VALUES[scheme.scale], wide.reshape(-1)
+    )
+    return wide
 
 
 Buffer = tuple[tuple[int, int], np.dtype[Any]]

@@ -22,6 +22,18 @@ from .bits import (
     widen,
 )  # fmt: skip
 
+#: Instead of a dtype: the scale is rounded up to a power of two.
+UP = -1
+
+
+@register_jitable
+def _power_of_two(s):
+    """The least power of two that is not below an f32."""
+    small = s < f32(2.0**-100)  # may be subnormal; exact after a shift
+    b = f32(s * f32(2.0**64) if small else s).view(u32)
+    up = u32((b + u32(0x7FFFFF)) & u32(0x7F800000)).view(f32)
+    return f32(up * f32(2.0**-64)) if small else up
+
 
 @register_jitable
 def _codes(x, start, stop, d, rounding, out):
@@ -39,7 +51,7 @@ def fp8_blocks(
 ) -> Any:
     """Quantize ``x [rows, cols]`` in blocks of ``br`` rows and ``bc`` columns, the last ragged.
 
-    ``stored``: what the scale is rounded to; ``quotient``: what x / scale is rounded to
+    ``stored``: what the scale is rounded to, or UP; ``quotient``: what x / scale is rounded to
     before the code; ``substitute``: the scale of a zero block. ``codes`` uint8 ``[rows,
     cols]``, ``scale`` f32 ``[row blocks, col blocks]``.
     Returns the bits of the largest magnitude.
@@ -61,7 +73,8 @@ def fp8_blocks(
         row_scale = scale[i]
         for b in range(blocks):
             largest = max(largest, top[b])
-            s = round_to(f32(u32(top[b]).view(f32) / f32(448)), stored)
+            s = f32(u32(top[b]).view(f32) / f32(448))
+            s = _power_of_two(s) if stored == UP else round_to(s, stored)
             row_scale[b] = substitute if s == f32(0) else s
         for r in range(first, last):
             for b in range(blocks):

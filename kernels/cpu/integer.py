@@ -64,13 +64,13 @@ def _pack_words(codes, bits, out):
 @nb.njit(**JIT)
 def int_symmetric(
     x: Any, group: int, levels: Any, lo: int, hi: int, stored: int, quotient: int, eps: Any,
-    packed_bits: int, codes: Any, scale: Any,
+    least: Any, packed_bits: int, codes: Any, scale: Any,
 ) -> Any:  # fmt: skip
     """Quantize ``x [rows, cols]`` with ``scale = amax / levels`` per ``group`` columns.
 
     ``lo``, ``hi``: code range. ``stored``, ``quotient``: what scale and x / scale are
-    rounded to. ``eps``: the scale of a zero group. ``packed_bits``: 0 for int8 codes,
-    else offset binary of that many bits. ``codes`` uint8 ``[rows, row bytes]``, ``scale``
+    rounded to. ``eps``: the scale of a zero group, ``least`` the smallest. ``packed_bits``: 0
+    for int8 codes, else offset binary of that many bits. ``codes`` uint8 ``[rows, row bytes]``, ``scale``
     f32 ``[rows, groups]``. Returns the bits of the largest magnitude.
     """
     rows, cols, width = x.shape[0], u64(x.shape[1]), u64(group)
@@ -84,7 +84,7 @@ def int_symmetric(
             top = widen(amax_bits(row, g * width, g * width + width))
             largest = max(largest, top)
             s = round_to(f32(u32(top).view(f32) / levels), stored)
-            row_scale[g] = eps if s == f32(0) else s
+            row_scale[g] = eps if s == f32(0) else max(s, least)
         out = row_codes if packed_bits else codes[r]
         for g in range(groups):
             d = row_scale[g]

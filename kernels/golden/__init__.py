@@ -6,6 +6,7 @@ and zero points, named ``<dtype>.<numerics>.<part>``. ``make golden`` writes the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ CASES: dict[str, Scheme] = {
     "INT4_GROUP_F32_SCALE": Scheme("INT4_GROUP_F32_SCALE", "int", 4, (1, 32), "f32"),
     "FP8_TENSOR": Scheme("FP8_TENSOR", "e4m3", 8, (ALL, ALL)),
     "FP8_BLOCK_F32_SCALE": Scheme("FP8_BLOCK_F32_SCALE", "e4m3", 8, (128, 128), "f32"),
+    "FP8_BLOCK_UE8M0": Scheme("FP8_BLOCK_UE8M0", "e4m3", 8, (128, 128), "f32", power_of_two=True),
+    "INT8_CHANNEL_UNROUNDED": Scheme("INT8_CHANNEL_UNROUNDED", "int", 8, (1, ALL), unrounded=True),
+    "NVFP4_ONE_LEVEL": Scheme("NVFP4_ONE_LEVEL", "e2m1", 4, (1, 16), "e4m3"),
+    "INT4_GROUP_BF16_SCALE": replace(SCHEMES["W4A16"], scale="bf16"),
 }
 
 

@@ -21,14 +21,12 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
     preset_name_to_scheme,
 )
-from helpers import run_convert, tensors_of, write_checkpoint
+from helpers import run_convert, write_checkpoint
 from safetensors.torch import load_file
 from streamq.kernels.reference import dequantize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from streamq.formats import compressed_tensors as fmt
 from streamq.schemes import SCHEMES, resolve
-from streamq.tensors import DTYPES
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
@@ -91,22 +89,10 @@ def _group(config):
     return scheme, BaseCompressor.get_value_from_registry(scheme.format)
 
 
-def _ours(source, out, scheme):
+def _ours(out):
     """Codes and scales of each module, by our reading."""
-    found, made = tensors_of(out), {}
-    for name, (t, _) in tensors_of(source).items():
-        module = name.removesuffix(".weight")
-        if f"{module}.weight_scale" not in found:
-            continue
-        layout = fmt.layout(*t.shape, t.dtype, scheme)
-        arrays = {}
-        for e in layout.entries:
-            data = found[f"{module}.{e.suffix}"][1]
-            arrays[e.role] = np.frombuffer(data, DTYPES[e.dtype].numpy).reshape(e.shape)
-        if layout.packing.kind != "bytes":
-            arrays["codes"] = arrays["codes"].view(np.uint8)
-        made[module] = fmt.unpack(arrays, scheme, t.shape[1])
-    return made
+    with open_checkpoint(out) as c:
+        return {s.module: read_rows(c, s, 0, s.layout.rows) for s in find_stored(c).values()}
 
 
 def _state_dicts(out):
@@ -148,7 +134,7 @@ def test_their_decompression_gives_our_values(name, dtype, group_size, cols, tmp
     scheme = resolve(name, group_size)
     source, out, config = _convert(tmp_path, name, dtype, group_size, cols)
     theirs, compressor = _group(config)
-    quantized, states = _ours(source, out, scheme), _state_dicts(out)
+    quantized, states = _ours(out), _state_dicts(out)
     assert quantized.keys() == SHAPES.keys()
     for module, q in quantized.items():
         state = compressor.decompress(states[module], theirs)
@@ -172,7 +158,7 @@ def test_their_compression_with_our_scales_gives_our_bytes(name, dtype, group_si
     """
     source, out, config = _convert(tmp_path, name, dtype, group_size, cols, numerics="weight")
     theirs, compressor = _group(config)
-    quantized = _ours(source, out, resolve(name, group_size))
+    quantized = _ours(out)
     weights = load_file(source / "model.safetensors")
     for module, wanted in _state_dicts(out).items():
         weight = weights[module + ".weight"]
@@ -278,7 +264,7 @@ def test_transformers_computes_with_our_values(name, dtype, llamas, tmp_path):
     found = _logits(model)
 
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=runs_in)
-    quantized = _ours(source, out, scheme)
+    quantized = _ours(out)
     assert len(quantized) == 14
     for module, q in quantized.items():
         ours = torch.from_numpy(dequantize(q, scheme)).to(runs_in)

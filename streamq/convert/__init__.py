@@ -14,6 +14,7 @@ from types import ModuleType
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.plan import MAX_MEMORY, Plan
 from streamq.quality import Quality
+from streamq.schemes import BYTES
 from streamq.writer import Destination, ShardWriter, check_destination
 
 from .jobs import Job, Scheduler
@@ -29,7 +30,7 @@ SLOW_START = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a conversion did."""
+    """What a conversion did; ``rounded`` scales of the source were not exact in the output."""
 
     bytes_in: int
     bytes_out: int
@@ -37,6 +38,7 @@ class Summary:
     workers: int
     backend: str
     quality: Quality | None
+    rounded: int
 
 
 def default_workers() -> int:
@@ -76,14 +78,19 @@ def convert(
     destination.begin()
     try:
         quality = Quality() if stats else None
+        backend = "copied"
         run = _Run(source, plan, destination, workers, progress or (lambda n, name: None), quality)
-        backend = run.run(lambda: _load_kernels(plan, stats, notify))
-        for name in plan.others:
-            if name != CONFIG:
-                destination.copy_file(source.root / name, name)
-        if len(plan.shards) > 1:
-            destination.write_text(INDEX, plan.index())
-        destination.write_json(CONFIG, plan.config)
+        if plan.verbatim:
+            _copy_files(source, destination, progress)
+        else:
+            backend = run.run(lambda: _load_kernels(plan, stats, notify)).NAME
+            for name in plan.others:
+                if name != CONFIG and name not in plan.files:
+                    destination.copy_file(source.root / name, name)
+            if len(plan.shards) > 1:
+                destination.write_text(INDEX, plan.index())
+            for name, value in {**plan.files, CONFIG: plan.config}.items():
+                destination.write_json(name, value)
         destination.commit()
     except BaseException as e:
         e.add_note(
@@ -93,7 +100,16 @@ def convert(
     finally:
         destination.sync.close()
     seconds = time.perf_counter() - began
-    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, backend.NAME, quality)
+    return Summary(plan.bytes_in, plan.bytes_out, seconds, workers, backend, quality, run.rounded)
+
+
+def _copy_files(source: Checkpoint, destination: Destination, progress: Progress | None) -> None:
+    """Copy a source that is already what is wanted, file by file."""
+    index = [INDEX] if (source.root / INDEX).is_file() else []
+    for name in [*source.others, *index, *source.files]:
+        destination.copy_file(source.root / name, name)
+        if progress and name in source.files:
+            progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
 
 
 def _load_kernels(plan: Plan, stats: bool, notify: Callable[[str], None] | None) -> ModuleType:
@@ -108,11 +124,12 @@ def _load_kernels(plan: Plan, stats: bool, notify: Callable[[str], None] | None)
     try:
         from streamq.kernels import cpu
 
-        for packing, dtype in {
-            (layout.packing, weights.numpy)
-            for shard in plan.shards for weights in shard.weights for layout in weights.layouts
+        for scheme, packing, dtype in {
+            (w.scheme, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
+            for shard in plan.shards for w in shard.weights for layout in w.layouts
+            if w.target.origin != "codes" and not w.scheme.is_float
         }:  # fmt: skip
-            cpu.warm_up(plan.options.scheme, packing, dtype, plan.options.numerics, stats)
+            cpu.warm_up(scheme, packing, dtype, plan.options.numerics, stats)
     finally:
         timer.cancel()
     return cpu
@@ -140,6 +157,11 @@ class _Run:
         self._writers: dict[int, ShardWriter] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self.rounded = 0
+
+    def _count_rounded(self, count: int) -> None:
+        with self._lock:
+            self.rounded += count
 
     def run(self, load_kernels: Callable[[], ModuleType]) -> ModuleType:
         """Run to the end, or raise the first error after all threads have come home.
@@ -183,7 +205,7 @@ class _Run:
         """One thread, until no job is left; until no copy is left without ``kernels``."""
         worker = Worker(
             self._source, kernels, self._plan.options.numerics, self._plan.slab_memory,
-            self._stop, self._progress, self._quality,
+            self._stop, self._progress, self._quality, self._count_rounded,
         )  # fmt: skip
         while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
             writer = self._writer(job)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from streamq.plan import Copy, ShardPlan, Weights
+from streamq.plan import Copy, ShardPlan, Weights, slab_rows
 from streamq.writer import ShardWriter
 
 from .slabs import Array, Stretch, stretches
@@ -154,8 +154,7 @@ def _large(number: int, weights: Weights, members: range) -> Iterator[Job]:
 def _cut(weights: Weights, member: int) -> Iterator[Stretch]:
     """Rows of a large weight, about JOB bytes at a time."""
     layout = weights.layouts[weights.kind[member]]
-    step = layout.row_step
-    height = max(step, JOB // (layout.bytes_in // layout.rows) // step * step)
+    height = slab_rows(weights.row_step(member), layout.bytes_in // layout.rows, JOB)
     for first in range(0, layout.rows, height):
         numel = (min(layout.rows, first + height) - first) * layout.cols
         yield Stretch(weights, np.array([member]), np.array([numel]), first)

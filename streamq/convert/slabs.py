@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamq.formats.layout import Layout
+from streamq.formats import Layout
 from streamq.plan import SLAB, Weights, slab_rows
+from streamq.stored import SLAB as STORED_SLAB
+from streamq.stored import Stored
 from streamq.tensors import TensorInfo
 
 #: Elements of the longest row that flat weights are seen as.
@@ -61,6 +63,12 @@ class Slab(NamedTuple):
         """The first member."""
         return self.weights.sources[int(self.members[0])]
 
+    @property
+    def stored(self) -> Stored:
+        """What the only member is in a quantized source."""
+        assert self.weights.stored is not None
+        return self.weights.stored[int(self.members[0])]
+
 
 def stretches(weights: Weights, members: Array) -> Iterator[Stretch]:
     """Cut ``members``, in the order of the source, where one does not continue another."""
@@ -79,8 +87,10 @@ def _continues(weights: Weights, members: Array) -> Array:
     def both(of: Any) -> Array:
         return np.array([weights.column(of, a), weights.column(of, b)])
 
+    if weights.stored is not None:  # each lies in tensors of its own
+        return np.zeros(len(a), bool)
     size, cols, flat = both(lambda x: x.bytes_in), both(lambda x: x.cols), both(lambda x: x.flat)
-    whole = weights.column(lambda x: x.rows % x.row_step == 0, a)
+    whole = weights.column(lambda x: x.joins and x.rows % x.row_step == 0, a)
     outputs = np.array([x.sizes for x in weights.layouts])[weights.kind[a]]
     follows: Array = (
         (weights.places[a] + np.stack([0 * size[0], size[0]], 1) == weights.places[b]).all(1)
@@ -100,7 +110,8 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
     start = int(weights.places[members[0], 1])
     if len(members) == 1:
         row_bytes = cols * itemsize
-        height = slab_rows(layout, row_bytes)
+        step = weights.row_step(int(members[0]))
+        height = slab_rows(step, row_bytes, SLAB if weights.stored is None else STORED_SLAB)
         last = first + int(ends[0]) // cols
         for row in range(first, last, height):
             numel = np.array([(min(row + height, last) - row) * cols])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -12,19 +14,20 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import NonFiniteError, StreamqError
-from streamq.formats import compressed_tensors as fmt
+from streamq.formats import Entry, Role
 from streamq.kernels.reference import outer_scale
 from streamq.plan import Weights
 from streamq.quality import Quality
-from streamq.schemes import Numerics, Quantized
+from streamq.schemes import BYTES, FLOAT_TAGS, Numerics, Packing, Quantized
+from streamq.stored import read_rows
+from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
+from .boxes import Outbox, Strip
 from .slabs import Array, Slab, Stretch, slabs
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
-#: Bytes an outbox starts with.
-OUTBOX = 1 << 18
 
 
 class Stopped(Exception):
@@ -34,7 +37,8 @@ class Stopped(Exception):
 class Worker:
     """The buffers of one thread and what it does with them.
 
-    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy.
+    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy. ``rounded``
+    hears how many scales were not exact in the dtype of the output.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Worker:
         stop: threading.Event,
         progress: Callable[[int, str], None],
         quality: Quality | None,
+        rounded: Callable[[int], None],
     ) -> None:
         self._source = source
         self._kernels: Any = kernels
@@ -54,6 +59,7 @@ class Worker:
         self._stop = stop
         self._progress = progress
         self._quality = quality
+        self._rounded = rounded
 
     def amax(self, work: list[Stretch], count: int) -> Array:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
@@ -73,55 +79,100 @@ class Worker:
 
     def quantize(self, work: list[Stretch], outer: Array | None, shard: ShardWriter) -> None:
         """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
-        boxes = [Outbox(shard), Outbox(shard), Outbox(shard)]
+        out = _Out(shard)
         for slab in chain.from_iterable(map(slabs, work)):
-            x = self._read(slab)
             above = None
             if outer is not None:
                 above = outer[slab.number : slab.number + len(slab.members)]
-            self._quantize_slab(slab, x, above, boxes)
+            if slab.weights.target.origin == "codes":
+                above = self._repack_slab(slab, out)
+            elif slab.weights.scheme.is_float:
+                self._cast_slab(slab, out)
+            else:
+                self._quantize_slab(slab, above, out)
             if slab.first == 0:
                 _put_small(slab, above, shard)
-            self._progress(x.nbytes, slab.head.name)
-        for box in boxes:
-            box.flush()
+            self._progress(_bytes_read(slab), slab.head.name)
+        out.flush()
 
-    def _quantize_slab(
-        self, slab: Slab, x: Array, above: Array | None, boxes: list[Outbox]
-    ) -> None:
+    def _quantize_slab(self, slab: Slab, above: Array | None, out: _Out) -> None:
         scheme, layout, width = slab.weights.scheme, slab.layout, slab.width
-        starts = slab.weights.starts[slab.members[0]].tolist()
-        x = x.reshape(-1, width)
+        x = self._read(slab).reshape(-1, width)
         if above is not None:
             above = np.repeat(above, (slab.ends - slab.begins) // width)
-        packing = layout.packing
-        entries = [(e, s) for e, s in zip(layout.entries, starts, strict=True) if e.rows]
+        entries = {e.role: (e, start) for e, start in _placed(slab)}
+        packing = layout.packing if entries["codes"][0].direct else BYTES
         views = []
         shapes = self._kernels.shapes(len(x), width, x.dtype, scheme, packing)
-        for (shape, dtype), (e, start), box in zip(shapes, entries, boxes, strict=False):
-            if e.role == "zero_point":  # packed by the format, after the kernel
+        for (shape, dtype), role in zip(shapes, _ROLES, strict=False):
+            e, start = entries.get(role, (None, 0))
+            if e is None or not e.direct:  # packed by the format, after the kernel
                 views.append(np.empty(shape, dtype))
                 continue
-            at = start + slab.first // e.rows * e.nbytes
             size = shape[0] * shape[1] * dtype.itemsize
-            views.append(box.reserve(at, size).view(dtype).reshape(shape))
+            views.append(out.reserve(slab, e, start, size).view(dtype).reshape(shape))
         with _telling(slab, width):
             q = self._kernels.quantize(
                 x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(*views)
             )
         if self._quality is not None:
-            self._measure(slab, x, q, above, self._quality)
-        if q.zero_point is not None:
-            (e, start), box = entries[2], boxes[2]
-            data = fmt.pack_zero_point(q.zero_point, scheme.bits).view(np.uint8).reshape(-1)
-            box.reserve(start + slab.first // e.rows * e.nbytes, len(data))[:] = data
+            self._measure(slab, x, q, packing, above, self._quality)
+        for e, start in entries.values():
+            if not e.direct:
+                data = slab.weights.target.format.pack(e.role, q, layout, scheme)
+                out.put(slab, e, start, data)
+
+    def _repack_slab(self, slab: Slab, out: _Out) -> Array | None:
+        """Write the codes of the source in another arrangement; returns their divisor."""
+        s = slab.stored
+        q = read_rows(self._source, s, slab.first, int(slab.ends[0]) // slab.layout.cols)
+        q = self._with_scale_of(slab, q)
+        for e, start in _placed(slab):
+            data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
+            out.put(slab, e, start, data)
+        return q.global_scale
+
+    def _with_scale_of(self, slab: Slab, q: Quantized) -> Quantized:
+        """Codes with scales in the dtype of the output."""
+        tag = slab.layout.entry("scale").dtype
+        dtype = DTYPES[tag].numpy
+        if dtype is None or q.scale.dtype.itemsize == 1 or q.scale.dtype == dtype:
+            return q
+        with np.errstate(over="ignore", under="ignore"):
+            scale = q.scale.astype(dtype)
+        changed = scale.astype(np.float32) != q.scale.astype(np.float32)
+        if changed.any():
+            if not np.isfinite(scale[changed].astype(np.float32)).all() or not scale.all():
+                raise StreamqError(
+                    f"tensor {slab.head.name!r}: a scale is beyond the range of {tag}, which the "
+                    f"format {slab.weights.target.format.name} stores."
+                )
+            self._rounded(int(changed.sum()))
+        return replace(q, scale=scale)
+
+    def _cast_slab(self, slab: Slab, out: _Out) -> None:
+        """Write values as they are, rounded to a float dtype."""
+        ((e, start),) = _placed(slab)
+        x = self._read(slab)
+        dtype = DTYPES[FLOAT_TAGS[slab.weights.scheme.element]].numpy
+        with np.errstate(over="ignore"):
+            cast = x.astype(dtype)
+        bad = ~np.isfinite(cast.astype(np.float32))
+        if bad.any():
+            row, col = divmod(int(np.argmax(bad)), slab.layout.cols)
+            raise StreamqError(
+                f"tensor {slab.head.name!r}: the value {x[row * slab.layout.cols + col]:g} at row "
+                f"{slab.first + row}, column {col} is not finite in {slab.weights.scheme.name}."
+            )
+        out.put(slab, e, start, cast)
 
     def _measure(
-        self, slab: Slab, x: Array, q: Quantized, above: Array | None, quality: Quality
-    ) -> None:
+        self, slab: Slab, x: Array, q: Quantized, packing: Packing, above: Array | None,
+        quality: Quality,
+    ) -> None:  # fmt: skip
         """Note what the codes of a slab lost."""
         weights = slab.weights
-        rows = self._kernels.energies(x, q, weights.scheme, slab.layout.packing, above)
+        rows = self._kernels.energies(x, q, weights.scheme, packing, above)
         sums = np.add.reduceat(rows, slab.begins // slab.width).tolist()
         for member, (signal, noise) in zip(slab.members.tolist(), sums, strict=True):
             quality.add(weights.sources[member].name, signal, noise)
@@ -141,7 +192,13 @@ class Worker:
             raise Stopped
 
     def _read(self, slab: Slab) -> Array:
+        """The values of a slab, as one row."""
         self._heed()
+        if slab.weights.stored is not None:
+            rows = int(slab.ends[0]) // slab.layout.cols
+            q = read_rows(self._source, slab.stored, slab.first, rows)
+            values: Array = self._kernels.dequantize(q, slab.stored.scheme)
+            return values.reshape(-1)
         dtype = slab.weights.numpy
         nbytes = int(slab.ends[-1]) * dtype.itemsize
         part = self._arena[:nbytes]
@@ -150,31 +207,51 @@ class Worker:
         return part.view(dtype)
 
 
-class Outbox:
-    """Gathers neighbouring bytes of one output file until they are worth a write."""
+_ROLES: tuple[Role, ...] = ("codes", "scale", "zero_point")
+
+
+def _placed(slab: Slab) -> Iterator[tuple[Entry, int]]:
+    """The entries that are made of rows, and where they start in the file."""
+    starts = slab.weights.starts[slab.members[0]].tolist()
+    return ((e, s) for e, s in zip(slab.layout.entries, starts, strict=True) if e.rows)
+
+
+def _bytes_read(slab: Slab) -> int:
+    """Bytes of the source that a slab stands for."""
+    numel = int(slab.ends[-1])
+    if slab.weights.stored is None:
+        return numel * slab.weights.numpy.itemsize
+    done = slab.first * slab.layout.cols
+    total = slab.layout.rows * slab.layout.cols
+    nbytes = slab.stored.nbytes
+    return nbytes * (done + numel) // total - nbytes * done // total
+
+
+class _Out:
+    """The boxes of one job, by role."""
 
     def __init__(self, shard: ShardWriter) -> None:
-        self._shard = shard
-        self._buffer = np.empty(0, np.uint8)
-        self._start = self._filled = 0
+        self._boxes: defaultdict[Role, Outbox] = defaultdict(lambda: Outbox(shard))
+        self._strips: defaultdict[Role, Strip] = defaultdict(lambda: Strip(shard))
 
-    def reserve(self, offset: int, size: int) -> Array:
-        """Room for ``size`` bytes that belong at ``offset``, to be filled before the next call."""
-        if offset != self._start + self._filled or self._filled + size > len(self._buffer):
-            self.flush()
-            self._start = offset
-            if size > len(self._buffer):
-                self._buffer = np.empty(max(size, OUTBOX), np.uint8)
-        view = self._buffer[self._filled : self._filled + size]
-        self._filled += size
-        return view
+    def reserve(self, slab: Slab, e: Entry, start: int, size: int) -> Array:
+        """Room for what the rows of a slab become in a row-major tensor."""
+        return self._boxes[e.role].reserve(start + slab.first // e.rows * e.nbytes, size)
+
+    def put(self, slab: Slab, e: Entry, start: int, data: Array) -> None:
+        """What the rows of a slab became."""
+        if e.lines > 1:
+            self._strips[e.role].put(e, start, slab.first // e.rows * e.nbytes, data)
+            return
+        raw = data.view(np.uint8).reshape(-1)
+        self.reserve(slab, e, start, len(raw))[:] = raw
 
     def flush(self) -> None:
-        """Write what is there."""
-        if self._filled:
-            self._shard.put(self._start, self._buffer[: self._filled])
-        self._start += self._filled
-        self._filled = 0
+        """Write what is left."""
+        for box in self._boxes.values():
+            box.flush()
+        for strip in self._strips.values():
+            strip.flush()
 
 
 def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
@@ -184,7 +261,8 @@ def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
     for i, (entry, start) in enumerate(zip(slab.layout.entries, starts, strict=True)):
         if entry.role == "global_scale":
             assert outer is not None
-            shard.put_small(start, outer.tobytes())
+            stored = weights.target.format.pack_global(outer, weights.numpy)
+            shard.put_small(start, stored.tobytes())
         elif entry.role == "constant":
             values = [layout.entries[i].value for layout in weights.layouts]
             kinds = weights.kind[slab.members].tolist()

@@ -6,6 +6,7 @@ Names and packings are those of compressed-tensors 0.19; the config uses only ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,17 +17,117 @@ import numpy as np
 
 from streamq.errors import CheckpointError
 from streamq.schemes import ALL, SCHEMES, Activation, Packing, Quantized, Scheme
-from streamq.tensors import DTYPES
+from streamq.tensors import TensorInfo
 
-from .layout import Entry, Layout, make_layout
+from .base import (
+    Array,
+    Format,
+    Read,
+    Rules,
+    names_of,
+    quantization_of,
+    scale_tag,
+)
+from .layout import Entry, Layout, Role, make_layout, rows_entry
 
-NAME = "compressed-tensors"
 VERSION = "0.17.0"
 
-Array = np.ndarray[Any, Any]
-
-_SCALE_DTYPES = {"e4m3": "F8_E4M3", "e8m0": "U8", "f32": "F32"}
 _TYPES = {"int": "int", "e4m3": "float", "e2m1": "float"}
+
+
+class CompressedTensors(Format):
+    """Integers packed into words, FP8, MX and NVFP4, with a scale in the weight's dtype."""
+
+    name = method = "compressed-tensors"
+    loaders = "vLLM, SGLang, transformers"
+    presets = tuple(SCHEMES)
+    code_suffixes = ("weight_packed", "weight")
+    other_suffixes = ("weight_scale", "weight_zero_point", "weight_global_scale",
+                      "input_global_scale", "weight_shape")  # fmt: skip
+    mixes = True
+
+    def layout(
+        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """See ``Format.layout``."""
+        return _layout(rows, cols, dtype, scheme, input_scale)
+
+    def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
+        """See ``Format.pack``."""
+        if role == "zero_point":
+            assert q.zero_point is not None
+            return pack_zero_point(q.zero_point, scheme.bits)
+        return super().pack(role, q, layout, scheme)
+
+    def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
+        """See ``Format.unpack``."""
+        if scheme.symmetric:
+            return super().unpack(arrays, layout, scheme)
+        words = np.ascontiguousarray(arrays["zero_point"].T).view("<u4")
+        zeros = _unpack_words(words, scheme.bits, len(arrays["scale"]))
+        zero_point = np.ascontiguousarray(zeros.T)
+        return super().unpack({**arrays, "zero_point": zero_point}, layout, scheme)
+
+    def shape_of(
+        self, name: str, found: Mapping[str, TensorInfo], scheme: Scheme, read: Read
+    ) -> tuple[int, int]:
+        """See ``Format.shape_of``."""
+        if "weight_packed" not in found:
+            rows, cols = found["weight"].shape
+            return rows, cols
+        rows, width = found["weight_packed"].shape
+        if scheme.element == "e2m1":
+            return rows, 2 * width
+        shape = found.get("weight_shape")
+        if shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
+            odd = f"{shape.dtype} {list(shape.shape)}" if shape else "absent"
+            raise CheckpointError(f"{name + '.weight_shape'!r} is {odd}, not I64 [2].")
+        said = read(shape).tolist()
+        if said[0] != rows or said[1] < 1:
+            raise CheckpointError(
+                f"{name!r}: weight_shape says {said}, the codes have {rows} rows."
+            )
+        return said[0], said[1]
+
+    def config(
+        self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A group for each scheme; a single one has all Linear modules but ``ignore``."""
+        groups: dict[str, Any] = {}
+        for i, (scheme, modules) in enumerate(schemes.items()):
+            targets = ["Linear"] if len(schemes) == 1 else targets_of(modules)
+            groups[f"group_{i}"] = _group(scheme, targets)
+        formats = {format_name(scheme) for scheme in schemes}
+        quantization = {
+            "config_groups": groups,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "global_compression_ratio": None,
+            "ignore": ignore,
+            "kv_cache_scheme": None,
+            "quant_method": self.method,
+            "quantization_status": "compressed",
+            "transform_config": {},
+            "version": VERSION,
+        }
+        return {**config, "quantization_config": quantization}
+
+    def rules(self, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
+        """See ``Format.rules``; targets as transformers and vLLM match them."""
+        quantization = quantization_of(config)
+        ignore = names_of(quantization, "ignore")
+        groups = quantization.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise CheckpointError("config.json: quantization_config has no config_groups.")
+        tests = [(_matcher(names_of(g, "targets")), _scheme_of(g))
+                 for g in groups.values() if isinstance(g, dict)]  # fmt: skip
+        ignored = _matcher(ignore)
+
+        def scheme_of(module: str) -> Scheme | None:
+            if ignored(module):
+                return None
+            return next((scheme for test, scheme in tests if test(module)), None)
+
+        return scheme_of, ignore
 
 
 def format_name(scheme: Scheme) -> str:
@@ -43,21 +144,13 @@ def _is_plain_int8(scheme: Scheme) -> bool:
 
 
 @cache
-def layout(rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0) -> Layout:
-    """The tensors that a ``[rows, cols]`` weight of a header dtype becomes.
-
-    ``input_scale``: the value of ``input_global_scale`` for schemes with a constant one.
-    """
-    block_rows, block_cols = scheme.block_of(rows, cols)
-    tag = _SCALE_DTYPES.get(scheme.scale, dtype)
+def _layout(rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float) -> Layout:
+    block = scheme.block_of(rows, cols)
     shape = scheme.scale_shape(rows, cols)
-    stride = shape[1] * DTYPES[tag].itemsize
-    scale = Entry("weight_scale", "scale", tag, shape, shape[0] * stride, block_rows, stride)
+    scale = rows_entry("weight_scale", "scale", scale_tag(scheme, dtype), shape, block[0])
     if scheme.element == "e2m1":
         packing = Packing("nibbles", 4)
-        half = cols // 2
-        codes = Entry("weight_packed", "codes", "U8", (rows, half), rows * half, 1, half)
-        entries = [codes, scale]
+        entries = [rows_entry("weight_packed", "codes", "U8", (rows, cols // 2), 1), scale]
         if scheme.two_level:
             entries.append(Entry("weight_global_scale", "global_scale", "F32", (1,), 4))
         if scheme.activation is not None and scheme.activation.local:
@@ -66,17 +159,16 @@ def layout(rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float 
     elif scheme.element == "e4m3" or _is_plain_int8(scheme):
         packing = Packing("bytes")
         tag = "I8" if scheme.element == "int" else "F8_E4M3"
-        entries = [Entry("weight", "codes", tag, (rows, cols), rows * cols, 1, cols), scale]
+        entries = [rows_entry("weight", "codes", tag, (rows, cols), 1), scale]
     else:
         packing = Packing("words", scheme.bits)
-        width = packing.row_bytes(cols)
-        words = (rows, width // 4)
-        entries = [Entry("weight_packed", "codes", "I32", words, rows * width, 1, width), scale]
+        words = (rows, packing.row_bytes(cols) // 4)
+        entries = [rows_entry("weight_packed", "codes", "I32", words, 1), scale]
         if not scheme.symmetric:
             entries.append(_zero_point_entry(rows, shape[1], scheme.bits))
         value = np.array([rows, cols], "<i8").tobytes()
         entries.append(Entry("weight_shape", "constant", "I64", (2,), 16, value=value))
-    return make_layout(rows, cols, dtype, entries, packing, (block_rows, block_cols))
+    return make_layout(rows, cols, dtype, entries, block, packing)
 
 
 def _zero_point_entry(rows: int, groups: int, bits: int) -> Entry:
@@ -86,37 +178,6 @@ def _zero_point_entry(rows: int, groups: int, bits: int) -> Entry:
     nbytes = step * bits // 8 * groups
     return Entry("weight_zero_point", "zero_point", "I32", (words, groups), words * groups * 4,
                  step, nbytes)  # fmt: skip
-
-
-def pack(q: Quantized, scheme: Scheme) -> dict[str, Array]:
-    """Arrays by role from codes that a kernel already packed as ``Layout.packing`` says.
-
-    The rows of ``q`` may be a slab of the tensor that starts at a multiple of
-    ``Layout.row_step``.
-    """
-    arrays = {"codes": q.codes, "scale": q.scale}
-    if q.zero_point is not None:
-        arrays["zero_point"] = pack_zero_point(q.zero_point, scheme.bits)
-    return arrays
-
-
-def unpack(arrays: Mapping[str, Array], scheme: Scheme, cols: int) -> Quantized:
-    """Codes and scales from the arrays of rows, by role: the inverse of ``pack``.
-
-    ``global_scale`` passes through. Codes come one per byte.
-    """
-    codes = arrays["codes"]
-    rows = len(codes)
-    packing = layout(rows, cols, "F32", scheme).packing
-    if packing.kind == "nibbles":
-        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(rows, cols)
-    elif packing.kind == "words":
-        codes = _unpack_words(codes.view("<u4"), scheme.bits, cols)
-    zero_point = None
-    if not scheme.symmetric:
-        words = np.ascontiguousarray(arrays["zero_point"].T).view("<u4")
-        zero_point = np.ascontiguousarray(_unpack_words(words, scheme.bits, rows).T)
-    return Quantized(codes, arrays["scale"], zero_point, arrays.get("global_scale"))
 
 
 def pack_zero_point(zero_point: Array, bits: int) -> Array:
@@ -141,8 +202,7 @@ def _unpack_words(words: Array, bits: int, count: int) -> Array:
 # --- config.json -----------------------------------------------------------------------
 
 
-def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """``quantization_config``: one group, all Linear modules but the names in ``ignore``."""
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     br, bc = scheme.block
     strategy = "tensor_group" if scheme.two_level else "group"
     if bc == ALL:
@@ -156,24 +216,29 @@ def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         scale_dtype={"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}.get(scheme.scale),
         zp_dtype=None if scheme.symmetric else "torch.int8",
     )  # fmt: skip
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "format": format_name(scheme),
         "weights": weights,
         "input_activations": _activation_args(scheme.activation),
         "output_activations": None,
     }
-    return {
-        "config_groups": {"group_0": group},
-        "format": format_name(scheme),
-        "global_compression_ratio": None,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "quant_method": NAME,
-        "quantization_status": "compressed",
-        "transform_config": {},
-        "version": VERSION,
-    }
+
+
+def targets_of(modules: list[str]) -> list[str]:
+    """Exact names: disjoint, and found first by every reader, whatever its order."""
+    return sorted(modules)
+
+
+def _matcher(patterns: list[str]) -> Any:
+    """Whether a module is named: exactly, by a ``re:`` regex from its start, or as a Linear."""
+    exact = {p for p in patterns if not p.startswith("re:")}
+    try:
+        regexes = [re.compile(p[3:]) for p in patterns if p.startswith("re:")]
+    except re.error as e:
+        raise CheckpointError(f"config.json: a pattern of quantization_config: {e}.") from None
+    every = "Linear" in exact
+    return lambda name: every or name in exact or any(r.match(name) for r in regexes)
 
 
 def _activation_args(a: Activation | None) -> dict[str, Any] | None:
@@ -211,27 +276,18 @@ def _args(
     }
 
 
-def read_config(quantization: Any) -> tuple[Scheme, list[str]]:
-    """The scheme and the ignore list of a ``quantization_config`` as ``config`` writes it.
-
-    Raises CheckpointError for one with several groups or with a scheme not known here.
-    """
-    quantization = quantization if isinstance(quantization, dict) else {}
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise CheckpointError("config.json: quantization_config must have one config group.")
-    ignore = quantization.get("ignore") or []
-    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-        raise CheckpointError("config.json: ignore of quantization_config must be a list of names.")
-    (group,) = groups.values()
+def _scheme_of(group: dict[str, Any]) -> Scheme:
+    """The scheme of a config group. Raises CheckpointError for one that is not known here."""
     wanted = _essentials(group)
     for scheme in SCHEMES.values():
         size = (wanted["weights"] or {}).get("group_size")
         grouped = scheme.element == "int" and scheme.block[1] != ALL
         if grouped and isinstance(size, int) and size > 0:
             scheme = replace(scheme, block=(1, size))
-        if _essentials(config(scheme, [])["config_groups"]["group_0"]) == wanted:
-            return scheme, ignore
+        elif grouped and (wanted["weights"] or {}).get("strategy") == "channel":
+            scheme = replace(scheme, block=(1, ALL))
+        if _essentials(_group(scheme, [])) == wanted:
+            return scheme
     raise CheckpointError(
         "config.json: the scheme of quantization_config is none that streamq knows: "
         f"{wanted['weights']}."

@@ -19,78 +19,84 @@ import numpy as np
 
 from streamq.checkpoint import MAX_HEADER
 from streamq.errors import PlanError
-from streamq.formats import compressed_tensors as fmt
-from streamq.formats.layout import Layout
+from streamq.formats import Layout
+from streamq.stored import SLAB as STORED_SLAB
+from streamq.stored import Stored
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.writer import build_header, quoted
 
-from .types import SLAB, Array, Copy, Options, ShardPlan, Weights, slab_rows
+from .types import SLAB, STRIP, Array, Copy, Options, ShardPlan, Target, Weights, slab_rows
+
+
+class Rows(NamedTuple):
+    """What goes to the output, in the order of the source.
+
+    ``numbers``: of each tensor's target in ``targets``, -1 for what is copied. ``homes``: the
+    position of the tensor whose shard it shares, and whose scale if the scheme has one
+    above the blocks. ``stored``: what weights with a target are in a quantized source.
+    """
+
+    tensors: list[TensorInfo]
+    numbers: list[int]
+    homes: list[int]
+    targets: list[Target]
+    stored: dict[str, Stored]
 
 
 class _Table(NamedTuple):
-    """All tensors that go to the output, a row each, by home and then as in the source.
+    """The rows by home and then as in the source, as columns.
 
-    ``homes``: the position in the source of the first tensor that must be in the same shard.
-    ``kind``: number of the layout, -1 for what is copied. ``places``: file number, offset.
+    ``group``: number in ``groups``, whose rows are laid out together: a target and the dtype
+    of the weights, or a dtype alone for what is copied. ``kind``: number of the layout, -1 for
+    what is copied. ``places``: file number, offset.
     """
 
     tensors: list[TensorInfo]
     homes: Array
+    group: Array
     kind: Array
     places: Array
+    groups: list[tuple[Target | None, str]]
     layouts: list[Layout]
 
     def part(self, rows: Array | slice) -> _Table:
         """Some of the rows."""
         picked = np.arange(len(self.tensors))[rows].tolist()
         tensors = [self.tensors[i] for i in picked]
-        return _Table(tensors, self.homes[rows], self.kind[rows], self.places[rows], self.layouts)
+        columns = (self.homes[rows], self.group[rows], self.kind[rows], self.places[rows])
+        return _Table(tensors, *columns, self.groups, self.layouts)
 
 
-def place(
-    tensors: list[TensorInfo],
-    files: list[str],
-    chosen: list[int],
-    homes: list[int],
-    options: Options,
-) -> list[ShardPlan]:
-    """Assign tensors to shards, name the shards, compute offsets and headers.
-
-    ``tensors`` in the order of ``files`` and of their data; ``chosen``: which of them are
-    quantized; ``homes``: for each of those the one whose shard it shares, and whose scale
-    if the scheme has one above the blocks.
-    """
-    table = _table(tensors, files, chosen, homes, options)
+def place(rows: Rows, files: list[str], options: Options) -> list[ShardPlan]:
+    """Assign tensors to shards, name the shards, compute offsets and headers."""
+    table = _table(rows, files, options)
     parts = list(_split(table, options.shard_size))
     if len(parts) == 1:
-        return [_lay_out("model.safetensors", parts[0], options)]
+        return [_lay_out("model.safetensors", parts[0], rows.stored)]
     return [
-        _lay_out(f"model-{i:05d}-of-{len(parts):05d}.safetensors", part, options)
+        _lay_out(f"model-{i:05d}-of-{len(parts):05d}.safetensors", part, rows.stored)
         for i, part in enumerate(parts, 1)
     ]
 
 
-def _table(
-    tensors: list[TensorInfo],
-    files: list[str],
-    chosen: list[int],
-    homes: list[int],
-    options: Options,
-) -> _Table:
-    numbers: dict[tuple[tuple[int, ...], str], int] = {}
-    kind = np.full(len(tensors), -1)
-    kind[chosen] = [
-        numbers.setdefault((tensors[i].shape, tensors[i].dtype), len(numbers)) for i in chosen
-    ]
-    layouts = [
-        fmt.layout(*shape, dtype, options.scheme, options.input_scale) for shape, dtype in numbers
-    ]
-    where = np.arange(len(tensors))
-    where[chosen] = homes
+def _table(rows: Rows, files: list[str], options: Options) -> _Table:
+    groups: dict[tuple[int, str], int] = {}
+    kinds: dict[tuple[tuple[int, ...], str, int], int] = {}
+    group, kind = [], []
+    for (_, dtype, shape, _, _), number in zip(rows.tensors, rows.numbers, strict=True):
+        group.append(groups.setdefault((number, dtype), len(groups)))
+        kind.append(-1 if number < 0 else kinds.setdefault((shape, dtype, number), len(kinds)))
+    layouts = []
+    for shape, dtype, number in kinds:
+        scheme, fmt, _ = rows.targets[number]
+        layouts.append(fmt.layout(shape[0], shape[1], dtype, scheme, options.input_scale))
+    named = [(rows.targets[n] if n >= 0 else None, dtype) for n, dtype in groups]
     file_numbers = {file: i for i, file in enumerate(files)}
-    places = np.array([[file_numbers[t.file] for t in tensors], [t.start for t in tensors]]).T
-    table = _Table(tensors, where, kind, places, layouts)
-    return table.part(np.argsort(where, kind="stable"))
+    places = np.array([[file_numbers[t.file] for t in rows.tensors],
+                       [t.start for t in rows.tensors]]).T  # fmt: skip
+    homes = np.array(rows.homes)
+    table = _Table(rows.tensors, homes, np.array(group), np.array(kind), places, named, layouts)
+    return table.part(np.argsort(homes, kind="stable"))
 
 
 def _split(table: _Table, shard_size: int | None) -> Iterator[_Table]:
@@ -124,24 +130,20 @@ class _Region(NamedTuple):
     sizes: Array
 
 
-def _lay_out(name: str, table: _Table, options: Options) -> ShardPlan:
+def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
     """Offsets of one shard: first behind its first data byte, then behind its header."""
-    # By the dtype of the weight, because that of the scales may follow it; slot -1 is a copy.
-    dtypes = np.array([t.dtype for t in table.tensors])
-    groups: dict[str, _Table] = {}
-    copies: dict[str, _Table] = {}
-    regions: dict[tuple[str, int], _Region] = {}
-    for dtype in dict.fromkeys(dtypes.tolist()):
-        of_dtype = dtypes == dtype
-        if (of_dtype & (table.kind >= 0)).any():
-            groups[dtype] = table.part(of_dtype & (table.kind >= 0))
-            for slot, region in enumerate(_regions(groups[dtype])):
-                regions[dtype, slot] = region
-        if (of_dtype & (table.kind < 0)).any():
-            copies[dtype] = table.part(of_dtype & (table.kind < 0))
-            regions[dtype, -1] = _region_of_copies(dtype, copies[dtype].tensors)
+    parts: dict[int, _Table] = {}
+    regions: dict[tuple[int, int], _Region] = {}
+    for number in dict.fromkeys(table.group.tolist()):
+        part = parts[number] = table.part(table.group == number)
+        target, dtype = table.groups[number]
+        if target is None:
+            regions[number, -1] = _region_of_copies(dtype, part.tensors)
+            continue
+        for slot, region in enumerate(_regions(part)):
+            regions[number, slot] = region
     order = sorted(regions, key=lambda key: (-DTYPES[regions[key].dtype].itemsize, key[1]))
-    starts: dict[tuple[str, int], Array] = {}
+    starts: dict[tuple[int, int], Array] = {}
     at = 0
     for key in order:
         sizes = regions[key].sizes
@@ -149,29 +151,32 @@ def _lay_out(name: str, table: _Table, options: Options) -> ShardPlan:
         at += int(sizes.sum())
     header = build_header((*regions[key][:4], starts[key], regions[key].sizes) for key in order)
     base = len(header)
-    return ShardPlan(
-        name,
-        [_weights(w, dtype, base, starts, options) for dtype, w in groups.items()],
-        [
-            Copy(t, start)
-            for dtype, w in copies.items()
-            for t, start in zip(w.tensors, (base + starts[dtype, -1]).tolist(), strict=True)
-        ],
-        [tensor for key in order for tensor in regions[key].names],
-        header,
-        base + at,
-    )
+    copies = [
+        Copy(t, start)
+        for number, part in parts.items() if table.groups[number][0] is None
+        for t, start in zip(part.tensors, (base + starts[number, -1]).tolist(), strict=True)
+    ]  # fmt: skip
+    weights = [
+        _weights(part, number, base, starts, stored)
+        for number, part in parts.items() if table.groups[number][0] is not None
+    ]  # fmt: skip
+    names = [tensor for key in order for tensor in regions[key].names]
+    return ShardPlan(name, weights, copies, names, header, base + at)
 
 
 def _weights(
-    table: _Table, dtype: str, base: int, starts: dict[tuple[str, int], Array], options: Options
-) -> Weights:
+    table: _Table, number: int, base: int, starts: dict[tuple[int, int], Array],
+    stored: dict[str, Stored],
+) -> Weights:  # fmt: skip
+    target, dtype = table.groups[number]
+    assert target is not None
     used, kind = np.unique(table.kind, return_inverse=True)
     layouts = [table.layouts[k] for k in used.tolist()]
-    columns = [base + starts[dtype, slot] for slot in range(len(layouts[0].entries))]
+    columns = [base + starts[number, slot] for slot in range(len(layouts[0].entries))]
     return Weights(
-        options.scheme, dtype, table.tensors, layouts, kind, table.homes, table.places,
+        target, dtype, table.tensors, layouts, kind, table.homes, table.places,
         np.stack(columns, axis=1),
+        None if target.origin == "floats" else [stored[t.name] for t in table.tensors],
     )  # fmt: skip
 
 
@@ -197,20 +202,25 @@ def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:
 def slab_memory(shards: list[ShardPlan]) -> int:
     """Bytes of the buffers of one worker for its largest slab.
 
-    As read, widened to f32, packed, its scales, and the rows that kernels unpack.
+    As read, widened to f32, packed, its scales, the rows that kernels unpack, and what is
+    gathered of transposed outputs.
     """
     most = 0
-    for layout, dtype in {
-        (layout, w.dtype) for shard in shards for w in shard.weights for layout in w.layouts
-    }:
+    for layout, dtype, stored in {
+        (layout, w.dtype, w.stored is not None)
+        for shard in shards for w in shard.weights for layout in w.layouts
+    }:  # fmt: skip
         itemsize = DTYPES[dtype].itemsize
+        slab = STORED_SLAB if stored else SLAB
         # Several small weights are a slab of up to SLAB bytes, whatever the height of one's own.
-        rows = max(slab_rows(layout, layout.cols * itemsize), -(-SLAB // (layout.cols * itemsize)))
+        height = slab_rows(layout.row_step, layout.cols * itemsize, slab)
+        rows = max(height, -(-slab // (layout.cols * itemsize)))
         read = layout.cols * itemsize * rows
-        widened = 4 * layout.cols * rows if dtype == "F16" else 0
-        packed = layout.packing.row_bytes(layout.cols) * rows
+        widened = 4 * layout.cols * rows if dtype == "F16" or stored else 0
+        packed = (layout.packing.row_bytes(layout.cols) + layout.cols * (not layout.flat)) * rows
         scales = 8 * rows * sum(e.shape[-1] for e in layout.entries if e.role == "scale")
-        most = max(most, read + widened + packed + scales + 6 * layout.cols)
+        strip = min(layout.gathered, STRIP)
+        most = max(most, read + widened + packed + scales + 6 * layout.cols + strip)
     return most
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from math import lcm
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from streamq.errors import PlanError
-from streamq.formats.layout import Layout
+from streamq.formats import Format, Layout
 from streamq.schemes import Numerics, Scheme
+from streamq.stored import Stored
 from streamq.tensors import DTYPES, TensorInfo
 
 Array = np.ndarray[Any, Any]
@@ -23,11 +25,17 @@ BASE_MEMORY = 147 << 20
 TENSOR_MEMORY = 570
 #: Source bytes of one slab: 1 to 4 MiB are all within 5%, and 1 MiB stays in the L2 cache.
 SLAB = 1 << 20
+#: What is gathered of transposed outputs before it is written, line by line, in bytes.
+STRIP = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asks for; two runs with equal options write equal bytes."""
+    """What the user asks for; two runs with equal options write equal bytes.
+
+    ``format``: where None, the default of the scheme. ``requantize``: also take weights
+    that are quantized to something else already.
+    """
 
     scheme: Scheme
     ignore: tuple[str, ...] = ()
@@ -35,11 +43,25 @@ class Options:
     numerics: Numerics = "f32"
     shard_size: int | None = None
     input_scale: float = 1.0
+    format: Format | None = None
+    requantize: bool = False
+
+
+#: What a weight is made from: floats of the source, the values of its codes, or its codes.
+Origin = Literal["floats", "values", "codes"]
+
+
+class Target(NamedTuple):
+    """What becomes of a weight. ``scheme``: with the scale dtype of this weight."""
+
+    scheme: Scheme
+    format: Format
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """Weights of one shard that share a scheme and a dtype, as columns with a row for each.
+    """Weights of one shard that share a target and a dtype, as columns with a row for each.
 
     Ordered by step, then as in the source. Columns, because the same as one object a weight
     costs more than reading, quantizing and writing a weight of 64 KB.
@@ -48,9 +70,11 @@ class Weights:
     ``steps``: ``[n]``, the same number for weights that share the scale above the blocks.
     ``places``: ``[n, 2]``, the number of the source file and the absolute offset in it.
     ``starts``: ``[n, entries]``, absolute offsets of the entries of the layout in the shard.
+    ``stored``: what each is in a quantized source; its values then are f32, and ``sources``
+    names it as it was before.
     """
 
-    scheme: Scheme
+    target: Target
     dtype: str
     sources: list[TensorInfo]
     layouts: list[Layout]
@@ -58,6 +82,17 @@ class Weights:
     steps: Array
     places: Array
     starts: Array
+    stored: list[Stored] | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of the target."""
+        return self.target.scheme
+
+    def row_step(self, row: int) -> int:
+        """Rows that a slab of a weight is a multiple of, in what is read and in what is written."""
+        step = self.layouts[int(self.kind[row])].row_step
+        return step if self.stored is None else lcm(step, self.stored[row].layout.row_step)
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -96,11 +131,16 @@ class ShardPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """A conversion that can be carried out."""
+    """A conversion that can be carried out.
+
+    ``files``: JSON files of the format beside config.json, by name. ``verbatim``: the source
+    is already what is wanted, its files are copied.
+    """
 
     options: Options
     shards: list[ShardPlan]
     config: dict[str, Any]
+    files: dict[str, dict[str, Any]]
     others: list[str]
     other_bytes: int
     unquantized: list[tuple[TensorInfo, str]]
@@ -109,6 +149,7 @@ class Plan:
     bytes_in: int
     slab_memory: int
     input_files: int
+    verbatim: bool = False
 
     @property
     def bytes_out(self) -> int:
@@ -145,7 +186,7 @@ class Plan:
 
         Raises PlanError where not even one fits.
         """
-        fit = max_memory // self.slab_memory
+        fit = max_memory // max(1, self.slab_memory)
         if fit < 1:
             raise PlanError(
                 f"--max-memory {max_memory >> 20}MiB is too little: the widest tensor needs "
@@ -154,7 +195,6 @@ class Plan:
         return min(wanted, fit)
 
 
-def slab_rows(layout: Layout, row_bytes: int) -> int:
-    """Rows of one slab: about SLAB bytes of the source, a multiple of the layout's step."""
-    step = layout.row_step
-    return max(step, SLAB // max(row_bytes, 1) // step * step)
+def slab_rows(step: int, row_bytes: int, slab: int = SLAB) -> int:
+    """Rows of one slab: about ``slab`` bytes of the source, a multiple of ``step``."""
+    return max(step, slab // max(row_bytes, 1) // step * step)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.errors import CheckpointError
-from streamq.formats import compressed_tensors as fmt
+from streamq.stored import look
 
 from .elements import Progress, compare
 from .report import Report
-from .structure import check_index, check_scales, find_modules
+from .structure import check_index, check_scales, find_weights
 
 __all__ = ["Report", "verify"]
 
@@ -44,14 +44,15 @@ def verify(
         report.tensors = len(checkpoint.tensors)
         check_index(checkpoint, report)
         try:
-            scheme, ignore = fmt.read_config(checkpoint.config.get("quantization_config"))
+            found = look(checkpoint)
         except CheckpointError as e:
             report.failures.append(str(e))
             return report
-        report.scheme = scheme.name
-        modules = find_modules(checkpoint, scheme, set(ignore), report)
-        report.quantized = len(modules)
-        check_scales(checkpoint, scheme, modules, report)
+        weights = find_weights(checkpoint, found, report)
+        names = dict.fromkeys(s.scheme.name for s in weights)
+        report.scheme = ", ".join(names) or found.format.name
+        report.quantized = len(weights)
+        check_scales(checkpoint, weights, report)
         if source is not None:
-            compare(checkpoint, source, scheme, modules, workers, progress, report)
+            compare(checkpoint, source, weights, workers, progress, report)
     return report

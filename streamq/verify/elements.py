@@ -11,8 +11,8 @@ import numpy as np
 from streamq.checkpoint import Checkpoint
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.plan import slab_rows
-from streamq.quantized import Array, Module, bytes_of, text_of, unpack_rows
 from streamq.schemes import Quantized, Scheme
+from streamq.stored import Array, Stored, bytes_of, read_rows, text_of
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
 from .report import Report
@@ -23,15 +23,14 @@ Progress = Callable[[int, str], None]
 def compare(
     out: Checkpoint,
     source: Checkpoint,
-    scheme: Scheme,
-    modules: list[Module],
+    weights: list[Stored],
     workers: int,
     progress: Progress | None,
     report: Report,
 ) -> None:
     """Compare every tensor of ``source``; failures and SQNR go into ``report``."""
-    quantized = {m.name + ".weight": m for m in modules}
-    parts = {t.name for m in modules for t in m.tensors.values()}
+    quantized = {s.name: s for s in weights}
+    parts = {t.name for s in weights for t in s.tensors.values()}
     report.failures += [f"{n!r} is not in the output" for n in source.tensors
                         if n not in out.tensors and n not in quantized]  # fmt: skip
     report.failures += [f"{n!r} is not in the source" for n in out.tensors
@@ -39,7 +38,7 @@ def compare(
 
     def one(t: TensorInfo) -> tuple[str, str | None, float, float]:
         if t.name in quantized:
-            failure, signal, noise = _compare_weight(out, source, t, quantized[t.name], scheme)
+            failure, signal, noise = _compare_weight(out, source, t, quantized[t.name])
         else:
             failure, signal, noise = _compare_copy(out, source, t), 0.0, 0.0
         if progress:
@@ -68,20 +67,21 @@ def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | N
 
 
 def _compare_weight(
-    out: Checkpoint, source: Checkpoint, t: TensorInfo, m: Module, scheme: Scheme
+    out: Checkpoint, source: Checkpoint, t: TensorInfo, s: Stored
 ) -> tuple[str | None, float, float]:
     """The first element out of bounds, and the energies of signal and error."""
-    dtype = DTYPES[t.dtype].numpy
-    if t.shape != (m.rows, m.cols) or t.dtype not in FLOATS or dtype is None:
-        found, wanted = text_of((t.dtype, t.shape)), [m.rows, m.cols]
+    dtype, scheme = DTYPES[t.dtype].numpy, s.scheme
+    if t.shape != (s.layout.rows, s.layout.cols) or t.dtype not in FLOATS or dtype is None:
+        found, wanted = text_of((t.dtype, t.shape)), [s.layout.rows, s.layout.cols]
         return f"{t.name!r} is {found} in the source, not a float of shape {wanted}", 0, 0
     signal = noise = 0.0
     failure = None
     ulp = float(ml_dtypes.finfo(dtype).eps) / 2 + 2.0**-22
-    for first, rows in _slabs(m, t):
-        raw = bytes_of(source, t, first * m.cols * dtype.itemsize, rows * m.cols * dtype.itemsize)
-        w = np.frombuffer(raw, dtype).reshape(rows, m.cols).astype(np.float32)
-        q = unpack_rows(out, m, scheme, first, rows)
+    cols = s.layout.cols
+    for first, rows in _slabs(s, t):
+        raw = bytes_of(source, t, first * cols * dtype.itemsize, rows * cols * dtype.itemsize)
+        w = np.frombuffer(raw, dtype).reshape(rows, cols).astype(np.float32)
+        q = read_rows(out, s, first, rows)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             error = w - dequantize(q, scheme)
         signal += float(np.square(w, dtype=np.float64).sum())
@@ -96,10 +96,10 @@ def _compare_weight(
     return failure, signal, noise
 
 
-def _slabs(m: Module, t: TensorInfo) -> Iterator[tuple[int, int]]:
-    step = slab_rows(m.layout, m.cols * DTYPES[t.dtype].itemsize)
-    for first in range(0, m.rows, step):
-        yield first, min(step, m.rows - first)
+def _slabs(s: Stored, t: TensorInfo) -> Iterator[tuple[int, int]]:
+    height = slab_rows(s.layout.row_step, s.layout.cols * DTYPES[t.dtype].itemsize)
+    for first in range(0, s.layout.rows, height):
+        yield first, min(height, s.layout.rows - first)
 
 
 def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme, ulp: float) -> Array:

@@ -9,8 +9,7 @@ import numpy as np
 from streamq.checkpoint import Checkpoint, read_json
 from streamq.errors import StreamqError
 from streamq.families import Family
-from streamq.quantized import Module, module_of, parts_of, read
-from streamq.schemes import Scheme
+from streamq.stored import Array, Found, Stored, read, stored_of
 
 from .report import Report
 
@@ -30,64 +29,72 @@ def check_index(checkpoint: Checkpoint, report: Report) -> None:
         )
 
 
-def find_modules(
-    checkpoint: Checkpoint, scheme: Scheme, ignore: set[str], report: Report
-) -> list[Module]:
+def find_weights(checkpoint: Checkpoint, found: Found, report: Report) -> list[Stored]:
     """The quantized weights, after comparing names, dtypes and shapes with the layout."""
-    left_alone = Family(checkpoint.config).left_alone(scheme)
-    parts = parts_of(checkpoint)
-    modules = []
-    for name, found in parts.items():
-        if name in ignore:
-            report.failures.append(f"{name!r} is quantized, but config.json ignores it")
+    family = Family(checkpoint.config)
+    weights = []
+    for module, tensors in found.parts.items():
         try:
-            modules.append(module_of(checkpoint, name, found, scheme))
+            weights.append(stored_of(checkpoint, found, module, tensors))
         except StreamqError as e:
             report.failures.append(str(e))
+    if not weights and found.format.name != "plain":
+        report.failures.append("no tensor is quantized")
+    quantized = {s.name for s in weights}
+    tests = {s.scheme: family.left_alone(s.scheme) for s in weights}
     for t in checkpoint.tensors.values():
         module = t.name.removesuffix(".weight")
-        if module == t.name or len(t.shape) != 2 or module in parts or module in ignore:
+        if module == t.name or len(t.shape) != 2 or module in found.parts or t.name in quantized:
             continue
-        if left_alone(module) != "embedding":
+        scheme = found.scheme_of(module)
+        if scheme is not None and tests.get(scheme, _never)(module) != "embedding":
             report.failures.append(
                 f"{t.name!r} is not quantized and config.json does not ignore it: "
                 "loaders look for its scales"
             )
-    if not modules:
-        report.failures.append("no tensor is quantized")
-    return modules
+    return weights
 
 
-def check_scales(
-    checkpoint: Checkpoint, scheme: Scheme, modules: list[Module], report: Report
-) -> None:
+def _never(module: str) -> str | None:
+    return None
+
+
+def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) -> None:
     """Scales are finite and above zero, and global scales equal inside fused groups."""
     family = Family(checkpoint.config)
     shared: dict[tuple[str, str], tuple[str, float]] = {}
-    for m in modules:
-        scale = read(checkpoint, m.tensors["weight_scale"])
-        if scheme.scale == "e8m0":
+    for s in weights:
+        t = s.tensors[s.format.scale_suffix]
+        scale = read(checkpoint, t)
+        if s.scheme.scale == "e8m0":
             good = scale != 255
         else:
             value = scale.astype(np.float32)
             good = np.isfinite(value) & (value > 0)
         if not good.all():
-            row, col = np.argwhere(~good)[0]
+            at = np.argwhere(~good)[0]
             report.failures.append(
-                f"{m.name + '.weight_scale'!r} is {scale[row, col]} at row {row}, column {col}: "
+                f"{t.name!r} is {scale[tuple(at)]} at {_place(at)}: "
                 "scales must be finite and above zero"
             )
-        for suffix in ("weight_global_scale", "input_global_scale"):
-            if suffix in m.tensors:
-                constant = float(read(checkpoint, m.tensors[suffix])[0])
+        for e in s.layout.entries:
+            if e.role in ("global_scale", "constant") and e.dtype == "F32":
+                constant = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
                 if not 0 < constant < inf:
-                    report.failures.append(f"{m.name + '.' + suffix!r} is {constant}")
-        if scheme.two_level and (found := family.group_of(m.name)):
-            g = float(read(checkpoint, m.tensors["weight_global_scale"])[0])
+                    report.failures.append(f"{s.tensors[e.suffix].name!r} is {constant}")
+        if s.scheme.two_level and (found := family.group_of(s.module)):
+            e = s.layout.entry("global_scale")
+            g = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
             key = (found[0], found[1].members[0])
-            first = shared.setdefault(key, (m.name, g))
+            first = shared.setdefault(key, (s.module, g))
             if first[1] != g:
                 report.failures.append(
-                    f"{m.name!r} has weight_global_scale {g:g}, {first[0]!r} has {first[1]:g}, "
+                    f"{s.module!r} has {e.suffix} {g:g}, {first[0]!r} has {first[1]:g}, "
                     f"but loaders fuse them ({found[1].name})"
                 )
+
+
+def _place(at: Array) -> str:
+    """An index for people."""
+    names = ("row", "column") if len(at) == 2 else ("index",) * len(at)
+    return ", ".join(f"{name} {i}" for name, i in zip(names, at.tolist(), strict=True))

@@ -1,0 +1,219 @@
+"""What all formats have in common: how a codec of bytes, names and config is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from streamq.errors import CheckpointError, PlanError
+from streamq.kernels.reference import E4M3, pack, unpack
+from streamq.schemes import FLOAT_TAGS, SCHEMES, Quantized, Scheme
+from streamq.tensors import TensorInfo
+
+from .layout import Layout, Role
+
+Array = np.ndarray[Any, Any]
+
+#: The scheme of a module by its name, None where it is not quantized.
+Rules = Callable[[str], Scheme | None]
+#: Reads a whole tensor of the checkpoint that a format looks at.
+Read = Callable[[TensorInfo], Array]
+
+_SCALE_TAGS: dict[str, str] = {"e4m3": "F8_E4M3", "e8m0": "U8", **FLOAT_TAGS}
+
+
+class Format:
+    """A codec between ``Quantized`` and the named tensors that a loader wants.
+
+    Stateless; a subclass says what it holds, and overrides what differs from row-major
+    codes with a scale beside them.
+    """
+
+    #: As ``--format`` spells it, and ``quant_method`` in config.json.
+    name: str
+    method: str
+    #: Who loads it, for tables.
+    loaders: str
+    #: Presets it can hold; the first is what ``--format`` alone means.
+    presets: tuple[str, ...]
+    #: Endings of the tensors that make up a weight, behind its module's name. The first
+    #: that is found holds the codes.
+    code_suffixes: tuple[str, ...]
+    other_suffixes: tuple[str, ...]
+    #: Whether one checkpoint may hold several schemes.
+    mixes = False
+
+    # --- writing ------------------------------------------------------------------------
+
+    def concrete(self, scheme: Scheme) -> Scheme:
+        """The scheme as this format holds it: its scale dtype, its block.
+
+        Raises PlanError for a scheme it cannot hold, naming those it can.
+        """
+        if scheme.name not in self.presets:
+            raise PlanError(
+                f"the format {self.name} cannot hold {scheme.name}; it holds "
+                f"{', '.join(self.presets)}."
+            )
+        return scheme
+
+    def configured(self, **options: Any) -> Format:
+        """This format with options of its own, by name; None for those not given.
+
+        Raises PlanError for one that it does not have.
+        """
+        for key, value in options.items():
+            if value is not None:
+                option = "--" + key.replace("_", "-")
+                raise PlanError(f"{option} does not apply to the format {self.name}.")
+        return self
+
+    def layout(
+        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """The tensors that a ``[rows, cols]`` weight becomes, from its shape alone.
+
+        ``dtype``: the header dtype of the weight, and of scales that follow it.
+        ``input_scale``: the value of a constant scale of the activations.
+        """
+        raise NotImplementedError
+
+    def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
+        """The array of an entry for some rows, from codes that come one per byte.
+
+        Contiguous; what it is made of lies as the file has it, line after line.
+        """
+        if role == "codes":
+            return pack(q.codes, layout.packing)
+        if role == "scale":
+            return q.scale
+        raise NotImplementedError(role)
+
+    def pack_global(self, g: Array, dtype: np.dtype[Any]) -> Array:
+        """What is stored for divisors ``g``, f32 ``[n]``, of weights of ``dtype``."""
+        return g
+
+    def config(
+        self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """config.json of the output, from that of the source without its quantization.
+
+        ``schemes``: the modules of each, in order. ``ignore``: modules that a loader may
+        take for quantized and that are not.
+        """
+        raise NotImplementedError
+
+    def files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Other JSON files that go with the written ``config``, by name."""
+        return {}
+
+    # --- names ----------------------------------------------------------------------------
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """Module and suffix of a tensor's name; None where it has no suffix of this format."""
+        module, _, suffix = name.rpartition(".")
+        return (module, suffix) if module else None
+
+    def joined(self, module: str, suffix: str) -> str:
+        """The inverse of ``split``."""
+        return f"{module}.{suffix}"
+
+    def original(self, module: str) -> str:
+        """The name that the weight of a module had before it was quantized."""
+        return module + ".weight"
+
+    # --- reading ------------------------------------------------------------------------
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json says that a checkpoint is in this format."""
+        return quantization_of(config).get("quant_method") == self.method
+
+    def rules(self, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
+        """The scheme of each module, and the ignore list.
+
+        Raises CheckpointError for a scheme that is not known here.
+        """
+        raise NotImplementedError
+
+    def shape_of(
+        self, name: str, found: Mapping[str, TensorInfo], scheme: Scheme, read: Read
+    ) -> tuple[int, int]:
+        """Rows and columns of a weight from its tensors by suffix."""
+        raise NotImplementedError
+
+    def scale_tag(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> str:
+        """The header dtype of scales that follow the weight's, for ``layout``."""
+        return found[self.scale_suffix].dtype
+
+    #: The suffix of the scale.
+    scale_suffix = "weight_scale"
+
+    def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
+        """Codes, one per byte, and scales of some rows: the inverse of ``pack``."""
+        codes = arrays["codes"]
+        if layout.packing.kind != "bytes":
+            signed = scheme.element == "int"
+            raw = codes.view(np.uint8).reshape(len(codes), -1)
+            codes = unpack(raw, layout.packing, layout.cols, signed)
+        elif scheme.element == "e4m3":
+            codes = codes.view(E4M3)
+        scale = arrays["scale"].reshape(len(arrays["scale"]), -1)
+        g = arrays.get("global_scale")
+        divisor = None if g is None else self.unpack_global(g)
+        return Quantized(codes, scale, arrays.get("zero_point"), divisor)
+
+    def unpack_global(self, stored: Array) -> Array:
+        """The divisor, f32 ``[1]``, of a stored global scale."""
+        return stored.reshape(-1)
+
+
+def scale_tag(scheme: Scheme, dtype: str) -> str:
+    """The header dtype of a scale of a weight of ``dtype``."""
+    return _SCALE_TAGS.get(scheme.scale, dtype)
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config``, also under text_config and in its older spelling; {} if none."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if place.get(key):
+                found = place[key]
+                return found if isinstance(found, dict) else {"quant_method": found}
+    return {}
+
+
+def names_of(quantization: Mapping[str, Any], key: str) -> list[str]:
+    """A list of module names or patterns. Raises CheckpointError for anything else."""
+    value = quantization.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"config.json: {key} of quantization_config must be a list of names.")
+    return value
+
+
+def one_scheme(scheme: Scheme, ignore: list[str]) -> Rules:
+    """Rules of a format with one scheme: all modules but those in ``ignore``.
+
+    An entry names a module, or part of its dotted name (as AutoAWQ and transformers match).
+    """
+    exact = set(ignore)
+
+    def scheme_of(module: str) -> Scheme | None:
+        if module in exact or any(f".{name}." in f".{module}." for name in ignore):
+            return None
+        return scheme
+
+    return scheme_of
+
+
+def integer(scheme_bits: int, group: int, symmetric: bool) -> Scheme:
+    """The integer preset of that many bits with a group size, -1 for whole rows.
+
+    Raises KeyError where there is none.
+    """
+    from dataclasses import replace
+
+    preset = SCHEMES[f"W{scheme_bits}A16" + ("" if symmetric else "_ASYM")]
+    return replace(preset, block=(1, group))

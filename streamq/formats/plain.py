@@ -1,0 +1,48 @@
+"""Not quantized: bf16, f16 or f32 weights under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamq.schemes import FLOAT_TAGS, PLAIN, Quantized, Scheme
+
+from .base import Array, Format
+from .layout import Layout, Role, make_layout, rows_entry
+
+_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+_TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+class Plain(Format):
+    """What every loader reads; the way back from a quantized checkpoint."""
+
+    name = method = "plain"
+    loaders = "all"
+    presets = tuple(PLAIN)
+    code_suffixes = ("weight",)
+    other_suffixes = ()
+
+    def layout(
+        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """See ``Format.layout``."""
+        tag = FLOAT_TAGS[scheme.element]
+        codes = rows_entry("weight", "codes", tag, (rows, cols), 1, direct=False)
+        return make_layout(rows, cols, dtype, [codes], (1, cols))
+
+    def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
+        """See ``Format.pack``; the codes are the values."""
+        return q.codes
+
+    def config(
+        self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See ``Format.config``."""
+        (scheme,) = schemes
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        return {**config, key: _TORCH[scheme.element]}
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """See ``Format.reads``."""
+        return not any(key in config for key in _CONFIG_KEYS)

@@ -1,0 +1,243 @@
+"""A quantized checkpoint, read back: which tensors make up a weight, and its values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from streamq.checkpoint import Checkpoint, open_checkpoint
+from streamq.errors import CheckpointError
+from streamq.formats import Entry, Format, Layout, Role, Rules, format_of, quantization_of
+from streamq.kernels.reference import dequantize
+from streamq.schemes import Quantized, Scheme
+from streamq.tensors import DTYPES, FLOATS, TensorInfo
+
+Array = np.ndarray[Any, Any]
+
+#: Values of a stored weight that are looked at in one go, f32: several MB, because a piece of a
+#: transposed tensor is read line by line.
+SLAB = 16 << 20
+
+
+class Stored(NamedTuple):
+    """A quantized weight as it lies in a checkpoint.
+
+    ``name``: the one it had before, ``model.layers.0.mlp.down_proj.weight``. ``tensors``: by
+    suffix, those of ``layout``.
+    """
+
+    name: str
+    tensors: dict[str, TensorInfo]
+    format: Format
+    scheme: Scheme
+    layout: Layout
+
+    @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def codes(self) -> TensorInfo:
+        """The tensor that holds the codes."""
+        return self.tensors[self.layout.entry("codes").suffix]
+
+
+class Found(NamedTuple):
+    """What a checkpoint says of its quantization: ``parts`` by module and suffix."""
+
+    format: Format
+    scheme_of: Rules
+    ignore: list[str]
+    parts: dict[str, dict[str, TensorInfo]]
+
+
+def look(checkpoint: Checkpoint) -> Found:
+    """Read config and names. Raises CheckpointError for a quantization that is not known."""
+    fmt = format_of(checkpoint.config)
+    if not quantization_of(checkpoint.config) and not fmt.other_suffixes:
+        return Found(fmt, lambda module: None, [], {})
+    scheme_of, ignore = fmt.rules(checkpoint.config)
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    telling = {*fmt.code_suffixes, *fmt.other_suffixes} - {"weight"}
+    for t in checkpoint.tensors.values():
+        if (split := fmt.split(t.name)) and split[1] in telling:
+            parts.setdefault(split[0], {})[split[1]] = t
+    if "weight" in fmt.code_suffixes:
+        for module, found in parts.items():
+            if (weight := checkpoint.tensors.get(module + ".weight")) is not None:
+                found["weight"] = weight
+    return Found(fmt, scheme_of, ignore, parts)
+
+
+def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The quantized weights of a checkpoint, by the name they had before.
+
+    Raises CheckpointError, naming the tensor, for one that is not as its config says.
+    """
+    found = look(checkpoint)
+    stored = {}
+    for module, tensors in found.parts.items():
+        s = stored_of(checkpoint, found, module, tensors)
+        stored[s.name] = s
+    for t in checkpoint.tensors.values():
+        if t.name in stored or len(t.shape) != 2 or not t.name.endswith(".weight"):
+            continue
+        if DTYPES[t.dtype].bits <= 8 and t.dtype != "BOOL":
+            raise CheckpointError(
+                f"{t.name!r} in {t.file} is {t.dtype} and has no {found.format.scale_suffix}: "
+                "its values are not known."
+            )
+    return stored
+
+
+def stored_of(
+    checkpoint: Checkpoint, found: Found, module: str, tensors: dict[str, TensorInfo]
+) -> Stored:
+    """One weight from its tensors. Raises CheckpointError where they do not fit its scheme."""
+    fmt, scheme = found.format, found.scheme_of(module)
+    if scheme is None:
+        raise CheckpointError(f"{module!r} is quantized, but config.json leaves it out.")
+    codes = next((tensors[s] for s in fmt.code_suffixes if s in tensors), None)
+    if codes is None or len(codes.shape) < 2 or fmt.scale_suffix not in tensors:
+        have = ", ".join(sorted(tensors))
+        raise CheckpointError(
+            f"{module!r} has {have}: no weight of two dimensions with its {fmt.scale_suffix}."
+        )
+    rows, cols = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
+    tag = fmt.scale_tag(tensors, scheme)
+    layout = fmt.layout(rows, cols, tag, scheme)
+    want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
+    have_ = {suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}
+    if want != have_:
+        part = next(s for s in sorted(want.keys() | have_.keys()) if want.get(s) != have_.get(s))
+        raise CheckpointError(
+            f"{fmt.joined(module, part)!r} is {text_of(have_.get(part))}, "
+            f"{scheme.name} has {text_of(want.get(part))}."
+        )
+    if scheme.scale == "weight" and tag not in FLOATS:
+        name = fmt.joined(module, fmt.scale_suffix)
+        raise CheckpointError(f"{name!r} is {tag}, not a float.")
+    return Stored(fmt.original(module), tensors, fmt, scheme, layout)
+
+
+def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quantized:
+    """Codes and scales of some rows; ``first`` is a multiple of ``Layout.row_step``."""
+    arrays: dict[Role, Array] = {}
+    for e in s.layout.entries:
+        if e.rows:
+            arrays[e.role] = _piece(checkpoint, s.tensors[e.suffix], e, first, rows)
+        elif e.role == "global_scale":
+            arrays[e.role] = read(checkpoint, s.tensors[e.suffix])
+    return s.format.unpack(arrays, s.layout, s.scheme)
+
+
+def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Array:
+    """What some rows of a weight became; a copy, ``[pieces, ...]`` or ``[lines, pieces]``."""
+    start, stop = first // e.rows * e.nbytes, -(-(first + rows) // e.rows) * e.nbytes
+    stop = min(stop, e.stride)
+    dtype = DTYPES[t.dtype].numpy
+    width = stop - start
+    if e.lines == 1 or width == e.stride:
+        raw = bytes_of(c, t, start, width * e.lines)
+    else:
+        buffer = bytearray(width * e.lines)
+        view = memoryview(buffer)
+        for line in range(e.lines):
+            at = t.start + line * e.stride + start
+            c.pread(t.file, at, view[line * width : (line + 1) * width])
+        raw = bytes(buffer)
+    shape = (-1, *e.shape[1:]) if e.lines == 1 else (e.lines, -1)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def slab_rows(s: Stored) -> int:
+    """Rows whose values are SLAB bytes or less, a multiple of the layout's step."""
+    step = s.layout.row_step
+    return max(step, SLAB // (4 * s.layout.cols) // step * step)
+
+
+def slabs(s: Stored) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of each slab."""
+    height = slab_rows(s)
+    for first in range(0, s.layout.rows, height):
+        yield first, min(height, s.layout.rows - first)
+
+
+class Tensors(Mapping[str, Array]):
+    """The tensors of a checkpoint under the names they had before it was quantized.
+
+    A mapping from names to arrays, in the order of the files; each look reads the
+    file again. Quantized weights come dequantized, as f32 ``[rows, cols]``; the
+    rest as it is stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.stored = find_stored(checkpoint)
+        parts = {t.name: s.name for s in self.stored.values() for t in s.tensors.values()}
+        self._names = dict.fromkeys(parts.get(name, name) for name in checkpoint.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        s = self.stored.get(name)
+        if s is None:
+            return read(self.checkpoint, self.checkpoint.tensors[name])
+        out = np.empty((s.layout.rows, s.layout.cols), np.float32)
+        for first, rows in slabs(s):
+            out[first : first + rows] = dequantize(
+                read_rows(self.checkpoint, s, first, rows), s.scheme
+            )
+        return out
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_tensors(path: str | os.PathLike[str]) -> Tensors:
+    """Open a checkpoint, quantized in a format that streamq reads or not at all.
+
+    Raises CheckpointError for one that is damaged or quantized in another way.
+    """
+    return Tensors(open_checkpoint(path))
+
+
+def text_of(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    """A dtype and a shape for messages."""
+    return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
+
+
+def bytes_of(c: Checkpoint, t: TensorInfo, at: int, n: int) -> bytes:
+    """``n`` bytes of a tensor from byte ``at`` of it."""
+    buffer = bytearray(n)
+    c.pread(t.file, t.start + at, memoryview(buffer))
+    return bytes(buffer)
+
+
+def read(c: Checkpoint, t: TensorInfo) -> Array:
+    """A whole tensor. Raises CheckpointError for elements that are not whole bytes."""
+    if DTYPES[t.dtype].numpy is None:
+        raise CheckpointError(f"{t.name!r} is {t.dtype}, which numpy has no dtype for.")
+    return np.frombuffer(bytes_of(c, t, 0, t.nbytes), DTYPES[t.dtype].numpy).reshape(t.shape)
