@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ ScaleType = Literal["weight", "bf16", "f16", "f32", "e4m3", "e8m0"]
 FloatType = Literal["bf16", "f16", "f32"]
 Numerics = Literal["f32", "weight"]
 Scales = Literal["absmax", "search"]
+Part = Literal["codes", "scale", "zero_point", "bias"]
 
 #: The whole axis, in Scheme.block.
 ALL = -1
@@ -50,6 +52,9 @@ class Scheme:
     block, or searched for the least squared error. ``power_of_two`` float scales are rounded
     up to one (DeepSeek's ue8m0). ``unrounded``: codes come from the f32 scale, before it is
     rounded to its storage dtype (gpt-fast). A float element is not quantized at all.
+    ``inverse``: the stored scale multiplies a weight to give its code, and a ragged block is
+    filled up with zeros (DB-GPT, FastChat). ``stride``: columns from one element of a block
+    to the next; more than 1 where the axes behind that of the blocks are folded into the columns.
     """
 
     name: str
@@ -61,6 +66,8 @@ class Scheme:
     narrow: bool = False
     power_of_two: bool = False
     unrounded: bool = False
+    inverse: bool = False
+    stride: int = 1
     two_level: bool = False
     activation: Activation | None = None
     scales: Scales = "absmax"
@@ -73,7 +80,9 @@ class Scheme:
     @property
     def numbers(self) -> tuple[object, ...]:
         """What decides which numbers codes stand for; equal for schemes that can be repacked."""
-        return self.element, self.bits, self.block, self.symmetric, self.two_level
+        return (
+            self.element, self.bits, self.block, self.symmetric, self.two_level, self.inverse,
+        )  # fmt: skip
 
     @property
     def whole_tensor(self) -> bool:
@@ -94,12 +103,25 @@ class Scheme:
     def block_of(self, rows: int, cols: int) -> tuple[int, int]:
         """``block`` with ALL replaced by the real extent of a ``[rows, cols]`` tensor."""
         r, c = self.block
-        return (rows if r == ALL else r), (cols if c == ALL else c)
+        return (rows if r == ALL else r), (cols // self.stride if c == ALL else c)
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Number of blocks along each axis of a ``[rows, cols]`` tensor."""
         r, c = self.block_of(rows, cols)
-        return -(-rows // r), -(-cols // c)
+        return -(-rows // r), -(-cols // self.stride // c) * self.stride
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Fields of ``Quantized`` that kernels fill, in the order of their buffers."""
+        if self.symmetric:
+            return "codes", "scale"
+        return "codes", "scale", "bias" if self.inverse else "zero_point"
+
+    def folded(self, shape: tuple[int, ...]) -> Scheme:
+        """The scheme of a tensor that is seen as a matrix ``[shape[0], all the rest]``."""
+        if not self.inverse or self.block[0] != 1 or len(shape) < 3:
+            return self
+        return replace(self, stride=prod(shape[2:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +132,15 @@ class Quantized:
     bit 3), or uint8 ``[rows, row bytes]`` when a kernel packed them. ``scale``: ``[row
     blocks, col blocks]`` in its storage dtype (uint8 for e8m0). ``zero_point``: int8 of
     the same shape, for asymmetric schemes. ``global_scale``: f32, the divisor of
-    two-level schemes; a value is ``code * scale / global_scale``.
+    two-level schemes; a value is ``code * scale / global_scale``. ``bias``: a float of each
+    block that is added last; for inverse schemes, f32, the value of the smallest code.
     """
 
     codes: np.ndarray[Any, Any]
     scale: np.ndarray[Any, Any]
     zero_point: np.ndarray[Any, Any] | None = None
     global_scale: np.ndarray[Any, Any] | None = None
+    bias: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.errors import CheckpointError
-from streamq.formats import Entry, Format, Layout, Role, Rules, format_of, quantization_of
+from streamq.formats import FORMATS, Entry, Format, Layout, Role, Rules, format_of
 from streamq.kernels.reference import dequantize
 from streamq.schemes import Quantized, Scheme
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
@@ -63,7 +63,8 @@ class Found(NamedTuple):
 def look(checkpoint: Checkpoint) -> Found:
     """Read config and names. Raises CheckpointError for a quantization that is not known."""
     fmt = format_of(checkpoint.config)
-    if not quantization_of(checkpoint.config) and not fmt.other_suffixes:
+    if fmt.name == "plain":
+        _refuse_packed(checkpoint)
         return Found(fmt, lambda module: None, [], {})
     scheme_of, ignore = fmt.rules(checkpoint.config)
     parts: dict[str, dict[str, TensorInfo]] = {}
@@ -76,6 +77,18 @@ def look(checkpoint: Checkpoint) -> Found:
             if (weight := checkpoint.tensors.get(module + ".weight")) is not None:
                 found["weight"] = weight
     return Found(fmt, scheme_of, ignore, parts)
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for parts of quantized weights that no config explains."""
+    for f in FORMATS.values():
+        telling = {*f.code_suffixes, *f.other_suffixes} - {"weight"}
+        for t in checkpoint.tensors.values() if telling else ():
+            if (split := f.split(t.name)) and split[1] in telling:
+                raise CheckpointError(
+                    f"{t.name!r} belongs to a quantized weight, but config.json has no "
+                    "quantization_config."
+                )
 
 
 def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -105,7 +118,7 @@ def stored_of(
     """One weight from its tensors. Raises CheckpointError where they do not fit its scheme."""
     fmt, scheme = found.format, found.scheme_of(module)
     if scheme is None:
-        raise CheckpointError(f"{module!r} is quantized, but config.json leaves it out.")
+        raise CheckpointError(f"{module!r} is quantized, but config.json ignores it.")
     codes = next((tensors[s] for s in fmt.code_suffixes if s in tensors), None)
     if codes is None or len(codes.shape) < 2 or fmt.scale_suffix not in tensors:
         have = ", ".join(sorted(tensors))

@@ -191,7 +191,7 @@ BAD_SCALE = r"q_proj.weight_scale' is .* scales must be finite and above zero"
 HALF_STEP = "q_proj.weight' at row .* more than half a code step away"
 DIFFERS = "differs from the source within bytes"
 NOT_IGNORED = "is not quantized and config.json does not ignore it"
-ONE_GROUP = "must have one config group"
+ONE_GROUP = "config.json has no quantization_config|has no config_groups"
 UNKNOWN = "is none that streamq knows"
 
 #: Who finds it: the output by itself, or only a look at the source.
@@ -261,8 +261,8 @@ TAMPERS = [Tamper(*row) for row in [
      recast(SCALE, shape=[8, 128]), r"is F8_E4M3 \[8, 128\], NVFP4 has F8_E4M3 \[128, 8\]"),
     ("scale without columns", "FP8_DYNAMIC", ALONE,
      recast(SCALE, shape=[128]), r"is BF16 \[128\], FP8_DYNAMIC has BF16 \[128, 1\]"),
-    ("scale dropped", "NVFP4", ALONE, drop(SCALE), "no weight with its scale"),
-    ("codes dropped", "NVFP4", ALONE, drop(Q + ".weight_packed"), "no weight with its scale"),
+    ("scale dropped", "NVFP4", ALONE, drop(SCALE), "no weight of two dimensions with its weight_scale"),
+    ("codes dropped", "NVFP4", ALONE, drop(Q + ".weight_packed"), "no weight of two dimensions with its weight_scale"),
     # constants
     *BAD_CONSTANTS,
     ("global scale unequal in q, k, v", "NVFP4", ALONE,
@@ -336,9 +336,9 @@ TAMPERS = [Tamper(*row) for row in [
     ("no quantization_config", "NVFP4", ALONE,
      in_json("config.json", lambda c: c.pop("quantization_config")), ONE_GROUP),
     ("quantization_config is text", "NVFP4", ALONE,
-     in_json("config.json", lambda c: c.update(quantization_config="x")), "quantization_config"),
+     in_json("config.json", lambda c: c.update(quantization_config="x")), "quantization 'x'"),
     ("two config groups", "NVFP4", ALONE,
-     config(lambda q: q["config_groups"].update(group_1={})), ONE_GROUP),
+     config(lambda q: q["config_groups"].update(group_1={})), UNKNOWN),
     ("unknown scheme", "NVFP4", ALONE, weights(num_bits=5), UNKNOWN),
     ("another scheme", "MXFP8", ALONE, weights(num_bits=4), UNKNOWN),
     ("group_size 64", "W4A16", ALONE,

@@ -14,7 +14,7 @@ from streamq.kernels.golden import CASES, DTYPES, FOLDER, NUMERICS, make, outer_
 
 from streamq.checkpoint import open_checkpoint
 from streamq.errors import NonFiniteError
-from streamq.schemes import ALL, BYTES, Packing
+from streamq.schemes import ALL, BYTES, SCHEMES, Packing, Quantized, Scheme
 from streamq.tensors import DTYPES as TAGS
 
 BACKENDS = {"reference": reference, "cpu": cpu}
@@ -133,6 +133,91 @@ def test_energies_are_those_of_the_dequantized_weight(name, data):
     off = x.shape[1] * (2.0**-149 + top * 2.0**-22) ** 2
     slack = 1e-5 * wanted + 2 * np.sqrt(wanted * off) + off
     assert (abs(got - wanted) <= slack)[rows].all()
+
+
+@pytest.mark.parametrize(("cols", "group"), [(33, ALL), (34, ALL), (45, 9), (40, 8), (200, 40)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [3, 4, 8])
+def test_energies_of_packed_codes_are_those_of_unpacked_ones(width, symmetric, cols, group):
+    scheme = Scheme("odd", "int", width, (1, group), symmetric=symmetric)
+    x = np.random.default_rng(cols).standard_normal((3, cols)).astype(np.float32)
+    plain, words = (
+        cpu.energies(x, cpu.quantize(x, scheme, packing), scheme, packing, None)
+        for packing in (BYTES, Packing("words", width))
+    )
+    np.testing.assert_allclose(words, plain, rtol=1e-5)
+
+
+def test_weights_that_are_values_of_codes_have_no_error():
+    e4m3 = np.arange(127, dtype=np.uint8).view(reference.E4M3).astype(np.float32)
+    exact = {
+        "W4A16_ASYM": np.tile(np.arange(-8, 8, dtype=np.float32), 8),
+        "FP8_DYNAMIC": np.concatenate([e4m3, -e4m3]),
+        "MXFP4": np.tile(np.concatenate([reference.E2M1_VALUES, -reference.E2M1_VALUES]), 2),
+        "NVFP4": np.tile(reference.E2M1_VALUES, 6),
+    }
+    for name, row in exact.items():
+        scheme, x = SCHEMES[name], row[None]
+        outer = np.float32([256]) if scheme.two_level else None
+        q = cpu.quantize(x, scheme, packing_of(scheme), outer=outer)
+        ((signal, noise),) = cpu.energies(x, q, scheme, packing_of(scheme), outer)
+        assert signal == pytest.approx((row.astype(np.float64) ** 2).sum())
+        assert noise == 0, name
+
+
+def same_values(a, b):
+    """Equal bits, but any NaN equals any other."""
+    nan = np.isnan(b)
+    return equal(np.isnan(a), nan) and equal(np.where(nan, 0, a), np.where(nan, 0, b))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_codes_have_the_values_of_the_reference(name):
+    scheme, inputs, golden = CASES[name], read("inputs"), read(name)
+    for dtype in DTYPES:
+        for numerics in NUMERICS:
+            key = f"{dtype}.{numerics}."
+            g = outer_of(inputs[dtype], scheme, numerics)
+            scale = g[:1, None] if scheme.whole_tensor else golden[key + "scale"]
+            q = Quantized(golden[key + "codes"], scale, golden.get(key + "zero_point"),
+                          g if scheme.two_level else None)  # fmt: skip
+            assert equal(cpu.dequantize(q, scheme), reference.dequantize(q, scheme)), key
+
+
+@st.composite
+def any_bytes(draw, scheme):
+    """Codes, scales, zero points and global scales of any bits, in any shape."""
+    rows = draw(st.integers(1, 140 if scheme.block[0] > 1 else 9))
+    cols = draw(st.integers(1, 400))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+
+    def raw(shape, dtype):
+        dtype = np.dtype(dtype)
+        bits = rng.integers(0, 1 << 8 * dtype.itemsize, shape, dtype=f"u{dtype.itemsize}")
+        return bits.view(dtype)
+
+    types = {"e2m1": np.uint8, "e4m3": reference.E4M3, "int": np.int8}
+    scales = {"e8m0": np.uint8, "e4m3": reference.E4M3, "f32": np.float32, **DTYPES}
+    stored = draw(st.sampled_from(list(DTYPES))) if scheme.scale == "weight" else scheme.scale
+    blocks = scheme.scale_shape(rows, cols)
+    if scheme.whole_tensor:
+        blocks = draw(st.sampled_from([(1, 1), (rows, 1)]))
+    zero = None if scheme.symmetric else raw(blocks, np.int8)
+    top = raw(draw(st.sampled_from([1, rows])), np.float32) if scheme.two_level else None
+    return Quantized(raw((rows, cols), types[scheme.element]), raw(blocks, scales[stored]),
+                     zero, top)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data())
+def test_dequantize_equals_the_reference(name, data):
+    scheme = CASES[name]
+    q = data.draw(any_bytes(scheme))
+    with np.errstate(all="ignore"):
+        wanted = reference.dequantize(q, scheme)
+    out = np.empty(q.codes.shape, np.float32)
+    assert cpu.dequantize(q, scheme, out) is out
+    assert same_values(out, wanted)
 
 
 @pytest.mark.parametrize("name", CASES)

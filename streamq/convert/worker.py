@@ -102,18 +102,18 @@ class Worker:
             above = np.repeat(above, (slab.ends - slab.begins) // width)
         entries = {e.role: (e, start) for e, start in _placed(slab)}
         packing = layout.packing if entries["codes"][0].direct else BYTES
-        views = []
+        parts = {}
         shapes = self._kernels.shapes(len(x), width, x.dtype, scheme, packing)
-        for (shape, dtype), role in zip(shapes, _ROLES, strict=False):
+        for (shape, dtype), role in zip(shapes, scheme.parts, strict=True):
             e, start = entries.get(role, (None, 0))
             if e is None or not e.direct:  # packed by the format, after the kernel
-                views.append(np.empty(shape, dtype))
+                parts[role] = np.empty(shape, dtype)
                 continue
             size = shape[0] * shape[1] * dtype.itemsize
-            views.append(out.reserve(slab, e, start, size).view(dtype).reshape(shape))
+            parts[role] = out.reserve(slab, e, start, size).view(dtype).reshape(shape)
         with _telling(slab, width):
             q = self._kernels.quantize(
-                x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(*views)
+                x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(**parts)
             )
         if self._quality is not None:
             self._measure(slab, x, q, packing, above, self._quality)
@@ -127,6 +127,8 @@ class Worker:
         s = slab.stored
         q = read_rows(self._source, s, slab.first, int(slab.ends[0]) // slab.layout.cols)
         q = self._with_scale_of(slab, q)
+        if q.zero_point is None and not slab.weights.scheme.symmetric:
+            q = replace(q, zero_point=np.zeros(q.scale.shape, np.int8))
         for e, start in _placed(slab):
             data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
             out.put(slab, e, start, data)
@@ -207,9 +209,6 @@ class Worker:
         return part.view(dtype)
 
 
-_ROLES: tuple[Role, ...] = ("codes", "scale", "zero_point")
-
-
 def _placed(slab: Slab) -> Iterator[tuple[Entry, int]]:
     """The entries that are made of rows, and where they start in the file."""
     starts = slab.weights.starts[slab.members[0]].tolist()
@@ -285,7 +284,8 @@ class _telling:
         at = error.row * self._width + error.col
         number = int(np.searchsorted(slab.ends, at, "right"))
         t = slab.weights.sources[slab.members[number]]
-        row, col = divmod(at - (int(slab.ends[number - 1]) if number else 0), t.shape[1])
+        cols = slab.weights.layouts[int(slab.weights.kind[slab.members[number]])].cols
+        row, col = divmod(at - (int(slab.ends[number - 1]) if number else 0), cols)
         row += slab.first
         if error.what == "scale":
             raise StreamqError(

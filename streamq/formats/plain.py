@@ -7,10 +7,9 @@ from typing import Any
 
 from streamq.schemes import FLOAT_TAGS, PLAIN, Quantized, Scheme
 
-from .base import Array, Format
+from .base import Array, Format, quantization_of
 from .layout import Layout, Role, make_layout, rows_entry
 
-_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 _TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -45,4 +44,4 @@ class Plain(Format):
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """See ``Format.reads``."""
-        return not any(key in config for key in _CONFIG_KEYS)
+        return not (quantization_of(config) or config.get("quantization"))

@@ -89,7 +89,9 @@ def _refuse_nothing(choice: Choice, decide: _Stored, options: Options) -> None:
     if not options.format or not choice.modules:
         reasons = ", ".join(f"{n} x {w}" for w, n in Counter(choice.kept.values()).most_common())
         raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
-    if not any(scheme.numbers == options.scheme.numbers for scheme in choice.modules):
+    if options.scheme not in choice.modules and not any(
+        scheme.numbers == options.scheme.numbers for scheme in choice.modules
+    ):
         have = ", ".join(sorted(scheme.name for scheme in choice.modules))
         raise PlanError(
             f"nothing to convert to {options.scheme.name}: the weights are quantized to {have} "
@@ -120,10 +122,10 @@ class _Stored:
         if reason is None or (o.scheme.is_float and reason not in ("--ignore", "not in --only")):
             if o.scheme.is_float:
                 return Target(o.scheme, o.format, "values"), o.scheme
-            if s.scheme.numbers == o.scheme.numbers:
+            if _holds(o.scheme, s.scheme):
                 return self._repacked(s, o.format, o.scheme)
             if o.requantize:
-                _refuse_unfit(s.name, s.layout.cols, o)
+                _refuse_unfit(s.name, (s.layout.rows, s.layout.cols), o)
                 return Target(self._resolved(o.scheme), o.format, "values"), o.scheme
         elif o.scheme.is_float:
             raise PlanError(
@@ -164,6 +166,16 @@ class _Stored:
                 "them unquantized, and the format cannot hold their scheme"
             )
         return notes
+
+
+def _holds(target: Scheme, source: Scheme) -> bool:
+    """Whether the codes of a source are codes of the target as they are.
+
+    Symmetric integers are asymmetric ones with a zero point of 0.
+    """
+    if source.element == "int" and source.symmetric and not source.narrow:
+        source = replace(source, symmetric=target.symmetric)
+    return source.numbers == target.numbers
 
 
 def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | None]:
@@ -208,7 +220,7 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
         return "empty"
     if t.dtype not in FLOATS:
         return f"dtype {t.dtype}"
-    _refuse_unfit(t.name, t.shape[1], options)
+    _refuse_unfit(t.name, t.shape, options)
     assert options.format is not None
     try:
         options.format.layout(t.shape[0], t.shape[1], t.dtype, options.scheme)
@@ -220,13 +232,13 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
     return None
 
 
-def _refuse_unfit(name: str, cols: int, options: Options) -> None:
-    scheme = options.scheme
+def _refuse_unfit(name: str, shape: tuple[int, ...], options: Options) -> None:
+    scheme, cols = options.scheme, shape[1]
     block = scheme.block[1]
     if scheme.block[0] == 1 and block != ALL and cols % block:
         hint = " or use another --group-size" if scheme.element == "int" else ""
         raise PlanError(
-            f"tensor {name!r} has {cols} columns, not a multiple "
+            f"tensor {name!r} of shape {list(shape)} has {cols} columns, not a multiple "
             f"of the {block_text(scheme.block)} block of {scheme.name}; "
             f"leave it with --ignore '{name.removesuffix('.weight')}'{hint}."
         )
