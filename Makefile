@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint golden bench soak oracle clean
+.PHONY: demo test lint golden bench peers soak oracle clean
 
 EXAMPLE := examples/bytes-llama
 DEMO := .demo/bytes-llama-nvfp4a16
@@ -31,6 +31,14 @@ golden: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py $(BENCH)
+
+# The other tools that `make bench BENCH=--peers` races; llm-compressor is the llmc of `make oracle`.
+peers: $(patsubst bench/requirements/%.txt,peer-%,$(wildcard bench/requirements/*.txt))
+
+peer-%:
+	@test -x .oracle/$*/bin/python || $(PYTHON) -m venv .oracle/$*
+	@.oracle/$*/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements/$*.txt \
+	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
 soak: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from math import prod
 from pathlib import Path
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
+#: Size of an attention head.
+HEAD = 128
 
 
 def llama(hidden: int, inter: int, layers: int, vocab: int) -> Shapes:
@@ -63,6 +66,7 @@ def _mlp(parent: str, hidden: int, inter: int) -> Shapes:
 
 #: name: (what it is, its tensors, number of shards)
 CHECKPOINTS: dict[str, tuple[str, Callable[[], Shapes], int]] = {
+    "XS": ("7 MB llama", lambda: llama(512, 1024, 1, 1024), 1),
     "S": ("1 GB llama", lambda: llama(2048, 8192, 8, 16384), 2),
     "M": ("4 GB llama", lambda: llama(4096, 11008, 10, 32768), 4),
     "MoE": ("2 GB mixture of experts", lambda: moe(1536, 512, 6, 64, 16384), 2),
@@ -99,9 +103,29 @@ def make(name: str, folder: Path) -> Path:
     total = sum(2 * prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
-    (target / "config.json").write_text(json.dumps(config))
+    (target / "config.json").write_text(json.dumps(_config(shapes)))
     return target
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    """Of a llama; with its sizes, which some tools ask for, where it is a dense one."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    layer = "model.layers.0."
+    if layer + "mlp.gate_proj.weight" not in shapes or "lm_head.weight" not in shapes:
+        return config
+    inter, hidden = shapes[layer + "mlp.gate_proj.weight"]
+    return config | {
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": sum(name.endswith(".q_proj.weight") for name in shapes),
+        "vocab_size": shapes["lm_head.weight"][0],
+        "num_attention_heads": hidden // HEAD,
+        "num_key_value_heads": shapes[layer + "self_attn.k_proj.weight"][0] // HEAD,
+        "head_dim": HEAD,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    }
 
 
 def _split(shapes: Shapes, count: int) -> Iterator[Shapes]:

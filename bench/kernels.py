@@ -1,4 +1,4 @@
-"""GB/s of bf16 input that each kernel takes on one thread, beside memcpy in the same run."""
+"""GB/s of each kernel on one thread, in bytes of the bf16 weight, beside memcpy in the same run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from streamq.kernels import cpu
+from streamq.kernels.cpu import packing
 
 from streamq.formats import FORMATS
-from streamq.schemes import SCHEMES, Quantized
+from streamq.schemes import BYTES, SCHEMES, Packing, Quantized, Scheme
 
 #: One slab of a conversion: it stays in the L2 cache there as well.
 ROWS, COLS = 128, 4096
@@ -29,11 +30,21 @@ def measure() -> list[dict[str, Any]]:
         "amax": lambda: cpu.amax(x),
     }
     for name, scheme in SCHEMES.items():
-        packing = FORMATS["compressed-tensors"].layout(ROWS, COLS, "BF16", scheme).packing
-        buffers = [np.empty(*b) for b in cpu.shapes(ROWS, COLS, x.dtype, scheme, packing)]
+        kind = _packing(scheme)
+        buffers = [np.empty(*b) for b in cpu.shapes(ROWS, COLS, x.dtype, scheme, kind)]
         outer = np.full(ROWS, 25000, np.float32) if scheme.needs_amax else None
         out = Quantized(*buffers)
-        field[name] = _call(x, scheme, packing, outer, out)
+        field[name] = _call(x, scheme, kind, outer, out)
+    for name in ("NVFP4A16", "MXFP4A16", "FP8_BLOCK", "W8A8", "W4A16", "W4A16_ASYM", "W3A16"):
+        field |= _reading(x, name)
+    codes = rng.integers(-8, 8, (ROWS, COLS), np.int8)
+    awq, gptq = packing.pack_columns(codes, 4, 8), packing.pack_rows_transposed(codes, 4, 8)
+    field |= {
+        "AWQ words": lambda: packing.pack_columns(codes, 4, 8, None, awq),
+        "AWQ codes": lambda: packing.unpack_columns(awq, 4, 8, None, codes),
+        "GPTQ words": lambda: packing.pack_rows_transposed(codes, 4, 8, gptq),
+        "GPTQ codes": lambda: packing.unpack_rows_transposed(gptq, 4, 8, codes),
+    }
     for call in field.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in field}
@@ -48,6 +59,22 @@ def measure() -> list[dict[str, Any]]:
         {"kernel": name, "GB/s": f"{v:.1f}", "of memcpy": f"{v / speed['memcpy']:.2f}"}
         for name, v in speed.items()
     ]
+
+
+def _packing(scheme: Scheme) -> Packing:
+    return FORMATS["compressed-tensors"].layout(ROWS, COLS, "BF16", scheme).packing
+
+
+def _reading(x: Any, name: str) -> dict[str, Callable[[], Any]]:
+    """What reads the codes of a scheme: their errors, and their values as f32."""
+    scheme, kind = SCHEMES[name], _packing(SCHEMES[name])
+    outer = np.full(ROWS, 25000, np.float32) if scheme.needs_amax else None
+    q, plain = (cpu.quantize(x, scheme, p, outer=outer) for p in (kind, BYTES))
+    out = np.empty(x.shape, np.float32)
+    return {
+        f"{name} errors": lambda: cpu.energies(x, q, scheme, kind, outer),
+        f"{name} values": lambda: cpu.dequantize(plain, scheme, out),
+    }
 
 
 def _call(x: Any, scheme: Any, packing: Any, outer: Any, out: Any) -> Callable[[], Any]:

@@ -3,7 +3,8 @@
     python bench/run.py                       S, M, MoE, NVFP4A16 and FP8_BLOCK, and K against L
     python bench/run.py -c M -s w4a16 -r 9    one checkpoint, one scheme, nine rounds
     python bench/run.py --kernels             GB/s of every kernel beside memcpy
-    python bench/run.py --peers -r 3          other tools, where `make oracle` installed them
+    python bench/run.py --peers -r 3          other tools, where `make peers` installed them
+    python bench/run.py --peers mlx-lm        one of them
 
 Every round runs each contestant once, in turn. The checkpoint is in the page cache, and
 before each run the disk is idle and an untimed copy was made and removed: on a virtual
@@ -67,8 +68,8 @@ def contestants(scheme: str) -> list[Contestant]:
     ]
 
 
-def rivals(scheme: str) -> list[Contestant]:
-    """Ours and every other tool that is installed and has the scheme."""
+def rivals(scheme: str, peers: list[str]) -> list[Contestant]:
+    """Ours and those of the other tools that are installed and have the scheme."""
     ours = _ours(scheme)
     found = [
         Contestant("streamq", ours, ""),
@@ -76,8 +77,8 @@ def rivals(scheme: str) -> list[Contestant]:
     ]
     for name, (_, environment, schemes) in PEERS.items():
         python = HERE.parent / ".oracle" / environment / "bin" / "python"
-        if scheme in schemes and python.is_file():
-            command = [str(python), str(HERE / "peers.py"), name, "{src}", "{dst}", scheme]
+        if name in peers and scheme in schemes and python.is_file():
+            command = [str(python), "-P", str(HERE / "peers.py"), name, "{src}", "{dst}", scheme]
             found.append(Contestant(name, command, "streamq --no-sync"))  # nor do they sync
     return found
 
@@ -120,12 +121,12 @@ def warm(src: Path) -> None:
 
 def race(name: str, scheme: str, rounds: int, field: list[Contestant]) -> list[dict[str, Any]]:
     """All contestants on one checkpoint; rows of a table."""
-    src, dst = make(name), WORK / "out"
+    small, src, dst = make("XS"), make(name), WORK / "out"
     size = sum(p.stat().st_size for p in src.glob("*.safetensors"))
     warm(src)
     results: dict[str, list[Run]] = {c.name: [] for c in field}
     for c in field:  # compile kernels, load the interpreters' files
-        run(c.command, src, dst)
+        run(c.command, small, dst)
     for _ in range(rounds):
         for c in field:
             results[c.name].append(run(c.command, src, dst))
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("-s", "--scheme", action="append")
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="NAME")
     o = parser.parse_args()
     if o.kernels:
         from kernels import measure
@@ -204,9 +205,10 @@ def main() -> None:
         return
     schemes = o.scheme or ["nvfp4a16", "fp8_block"]
     names = o.checkpoint or ["S", "M", "MoE", "K"]
-    if o.peers:
+    if o.peers is not None:
+        peers = o.peers or list(PEERS)
         rows = [row for c in o.checkpoint or ["M"] for s in schemes
-                for row in race(c, s, o.rounds, rivals(s))]  # fmt: skip
+                for row in race(c, s, o.rounds, rivals(s, peers))]  # fmt: skip
         show(rows, "peers")
         return
     rows = [row for c in names if c != "K" for s in schemes

@@ -19,8 +19,8 @@ import numpy as np
 from text import text
 
 from streamq.checkpoint import open_checkpoint
-from streamq.convert import convert
-from streamq.plan import Options, make_plan
+from streamq.converting import Settings, convert
+from streamq.planning import Options, make_plan
 from streamq.schemes import SCHEMES, resolve
 from streamq.stored import open_tensors
 
@@ -100,7 +100,7 @@ def every_scheme(source: Path) -> None:
         with tempfile.TemporaryDirectory() as folder, open_checkpoint(source) as checkpoint:
             out = Path(folder, name)
             plan = make_plan(checkpoint, Options(resolve(name)))
-            quality = convert(checkpoint, plan, out, stats=True).quality
+            quality = convert(checkpoint, plan, out, Settings(stats=True)).quality
             assert quality is not None
             bits = bits_per_byte(out)
             row = (name, f"{bits:.4f}", f"{bits - before:+.4f}", f"{quality.total:.2f}")

@@ -78,6 +78,10 @@ def quantize(
     for schemes that need it (a stack of tensors is quantized as one matrix).
     Raises NonFiniteError for a NaN or Inf in ``x`` or in a scale.
     """
+    if scheme.inverse:
+        from streamq.kernels import reference_group  # which needs this file
+
+        return reference_group.quantize(x, scheme, packing)
     refuse_non_finite("weight", x)
     w = x.astype(F32)
     zero_point = None
@@ -138,8 +142,13 @@ def codes_of(
 def dequantize(q: Quantized, scheme: Scheme) -> Array:
     """Values of unpacked codes, f32 ``[rows, cols]``: ``(code - zero) * scale / global``.
 
+    With a bias ``(code + 2^(bits-1)) * scale + bias``, the zero point is then in the bias.
     Infinite where a weight near the largest f32 was rounded up, as it is for a loader.
     """
+    if scheme.inverse:
+        from streamq.kernels import reference_group
+
+        return reference_group.dequantize(q, scheme)
     if scheme.element == "e2m1":
         magnitude = E2M1_VALUES[q.codes & 7]
         w = np.where(q.codes & 8, -magnitude, magnitude)
@@ -148,10 +157,14 @@ def dequantize(q: Quantized, scheme: Scheme) -> Array:
     scale = _e8m0_value(q.scale) if scheme.scale == "e8m0" else q.scale.astype(F32)
     if q.global_scale is not None:
         scale = scale / np.asarray(q.global_scale, F32).reshape(-1, 1)
-    if q.zero_point is not None:
+    if q.bias is not None:
+        w = w + F32(1 << (scheme.bits - 1))
+    elif q.zero_point is not None:
         w = w - spread(q.zero_point.astype(F32), scheme, w.shape)
     with np.errstate(over="ignore"):
         values: Array = w * spread(scale, scheme, w.shape)
+        if q.bias is not None:
+            values = values + spread(q.bias, scheme, w.shape)
     return values
 
 

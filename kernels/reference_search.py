@@ -8,8 +8,8 @@ f64, neighbours first (``sum_of_neighbours``). A candidate replaces what was bes
 only where its sum is less: absmax goes first, so no block is ever worse than with absmax,
 equal sums leave it absmax, and a sum that is NaN or Inf never wins.
 
-FP8 and MXFP8 gain nothing and stay absmax, as do scales over more than one row and
-``unrounded`` ones (``searches``).
+FP8 and MXFP8 gain nothing and stay absmax, as do scales over more than one row,
+``unrounded`` and ``inverse`` ones (``searches``).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def searches(scheme: Scheme) -> bool:
         and scheme.element != "e4m3"
         and scheme.block[0] == 1
         and not scheme.unrounded
+        and not scheme.inverse
     )
 
 

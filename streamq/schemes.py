@@ -82,6 +82,7 @@ class Scheme:
         """What decides which numbers codes stand for; equal for schemes that can be repacked."""
         return (
             self.element, self.bits, self.block, self.symmetric, self.two_level, self.inverse,
+            self.power_of_two,
         )  # fmt: skip
 
     @property
@@ -237,7 +238,7 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
         )
     if group_size is None:
         return scheme
-    if scheme.element != "int" or scheme.block[1] == ALL:
+    if not has_groups(name):
         raise PlanError(
             f"--group-size does not apply to {scheme.name}: its block of "
             f"{block_text(scheme.block)} is part of the scheme."
@@ -247,6 +248,12 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
             f"--group-size must be a multiple of 8, or -1 for whole rows, got {group_size}."
         )
     return replace(scheme, block=(1, group_size))
+
+
+def has_groups(name: str) -> bool:
+    """Whether ``--group-size`` applies to a preset."""
+    scheme = resolve(name)
+    return scheme.element == "int" and scheme.block[1] != ALL
 
 
 def block_text(block: tuple[int, int]) -> str:

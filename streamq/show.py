@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from streamq.checkpoint import Checkpoint
+from streamq.converting import Output, Summary
 from streamq.families import Family, collapse
 from streamq.formats import FORMATS
-from streamq.plan import Plan
+from streamq.planning import Plan
 from streamq.quality import Quality
 from streamq.schemes import block_text
 from streamq.tensors import DTYPES, TensorInfo, size_text
@@ -115,6 +116,35 @@ def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
         yield f"warning: {warning}"
     for note in plan.notes:
         yield f"note: {note}"
+
+
+def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
+    """What a conversion did, for programs; sizes in bytes."""
+    return {
+        "dst": str(output.dst), "scheme": output.plan.options.scheme.name,
+        "format": format_of(output.plan), "verbatim": output.plan.verbatim,
+        "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
+        "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
+        **(quality_json(summary.quality) if summary.quality else {}),
+    }  # fmt: skip
+
+
+def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
+    """What a conversion did."""
+    name = output.plan.options.scheme.name
+    if output.plan.verbatim:
+        yield f"{output.dst}: the source is in {name} already, copied as it is"
+        return
+    yield (
+        f"{output.dst}: {size_text(summary.bytes_out)}, "
+        f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
+        f"({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
+        f"{summary.workers} workers, {summary.backend}"
+    )
+    if summary.rounded:
+        yield f"note: {summary.rounded} scales had to be rounded to the dtype that this format has"
+    if summary.quality:
+        yield from quality_lines(summary.quality)
 
 
 def scheme_text(plan: Plan) -> str:

@@ -26,7 +26,7 @@ class Stored(NamedTuple):
     """A quantized weight as it lies in a checkpoint.
 
     ``name``: the one it had before, ``model.layers.0.mlp.down_proj.weight``. ``tensors``: by
-    suffix, those of ``layout``.
+    suffix, those of ``layout``, which sees a weight of ``shape`` as a matrix.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Stored(NamedTuple):
     format: Format
     scheme: Scheme
     layout: Layout
+    shape: tuple[int, ...]
 
     @property
     def module(self) -> str:
@@ -125,9 +126,14 @@ def stored_of(
         raise CheckpointError(
             f"{module!r} has {have}: no weight of two dimensions with its {fmt.scale_suffix}."
         )
-    rows, cols = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
+    scheme = fmt.as_stored(scheme, tensors)
+    note = checkpoint.metadata[codes.file].get(f"{fmt.name}:{fmt.original(module)}")
+    shape = fmt.noted_shape(module, note, scheme)
+    if shape is None:
+        shape = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
+    scheme = scheme.folded(shape)
     tag = fmt.scale_tag(tensors, scheme)
-    layout = fmt.layout(rows, cols, tag, scheme)
+    layout = fmt.layout_of(shape, tag, scheme)
     want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
     have_ = {suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}
     if want != have_:
@@ -139,7 +145,7 @@ def stored_of(
     if scheme.scale == "weight" and tag not in FLOATS:
         name = fmt.joined(module, fmt.scale_suffix)
         raise CheckpointError(f"{name!r} is {tag}, not a float.")
-    return Stored(fmt.original(module), tensors, fmt, scheme, layout)
+    return Stored(fmt.original(module), tensors, fmt, scheme, layout, shape)
 
 
 def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quantized:
@@ -148,9 +154,12 @@ def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quant
     for e in s.layout.entries:
         if e.rows:
             arrays[e.role] = _piece(checkpoint, s.tensors[e.suffix], e, first, rows)
-        elif e.role == "global_scale":
+        elif e.role == "global_scale" or (e.role == "constant" and s.format.reads_constant):
             arrays[e.role] = read(checkpoint, s.tensors[e.suffix])
-    return s.format.unpack(arrays, s.layout, s.scheme)
+    try:
+        return s.format.unpack(arrays, s.layout, s.scheme)
+    except CheckpointError as e:
+        raise CheckpointError(f"{s.name!r}: {e}") from None
 
 
 def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Array:
@@ -189,7 +198,7 @@ class Tensors(Mapping[str, Array]):
     """The tensors of a checkpoint under the names they had before it was quantized.
 
     A mapping from names to arrays, in the order of the files; each look reads the
-    file again. Quantized weights come dequantized, as f32 ``[rows, cols]``; the
+    file again. Quantized weights come dequantized, as f32 of the shape they had; the
     rest as it is stored.
     """
 
@@ -216,7 +225,7 @@ class Tensors(Mapping[str, Array]):
             out[first : first + rows] = dequantize(
                 read_rows(self.checkpoint, s, first, rows), s.scheme
             )
-        return out
+        return out.reshape(s.shape)
 
     def close(self) -> None:
         """Close the files."""

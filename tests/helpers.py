@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from streamq.checkpoint import open_checkpoint
-from streamq.convert import convert
-from streamq.plan import Options, Plan, make_plan
+from streamq.converting import Settings, convert
+from streamq.planning import Options, Plan, make_plan
 from streamq.schemes import resolve
 
 
@@ -44,10 +44,10 @@ def run_convert(
 ) -> Plan:
     """Convert by the Python calls that the command line makes."""
     keys = ("workers", "max_memory", "sync", "overwrite")
-    how = {"sync": False} | {k: kw.pop(k) for k in keys if k in kw}
+    how = Settings(**{"sync": False} | {k: kw.pop(k) for k in keys if k in kw})
     with open_checkpoint(src) as source:
         plan = make_plan(source, Options(resolve(scheme, group_size), **kw))
-        convert(source, plan, dst, **how)
+        convert(source, plan, dst, how)
     return plan
 
 

@@ -154,7 +154,7 @@ def test_a_destination_that_exists(source, tmp_path):
 
 
 def test_a_bug_is_told_as_one_without_traceback(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamq.plan.make_plan", lambda *a: 1 / 0)
+    monkeypatch.setattr("streamq.planning.make_plan", lambda *a: 1 / 0)
     args = ["convert", str(source), str(tmp_path / "out"), "-s", "nvfp4"]
     result = CliRunner().invoke(cli, args)
     assert result.exit_code == 1
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_meanwhile(source, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
-        "import streamq.convert as c; from streamq.cli import main; import sys;"
+        "import streamq.converting as c; from streamq.cli import main; import sys;"
         "c.check_destination = lambda *a: 0;"
         "import streamq.writer as w; w.check_destination = lambda *a: 10**9;"
         f"sys.argv = ['streamq', 'convert', '{source}', '{disk}/out', '-s', 'nvfp4', '-q']; main()"
@@ -222,9 +222,9 @@ def test_a_read_only_mount(source, tmp_path):
 
 SLOW = """
 import sys, time
-import streamq.convert
+import streamq.converting
 from streamq.cli import main
-load = streamq.convert._load_kernels
+load = streamq.converting._load_kernels
 def slow(*args):
     kernels = load(*args)
     quick = kernels.quantize
@@ -234,7 +234,7 @@ def slow(*args):
         return quick(*a, **k)
     kernels.quantize = quantize
     return kernels
-streamq.convert._load_kernels = slow
+streamq.converting._load_kernels = slow
 sys.argv = ["streamq", *sys.argv[1:]]
 main()
 """

@@ -20,8 +20,9 @@ FLOORS = [
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "quality"},
     {"stored"},
-    {"plan"},
-    {"convert", "verify", "show", "progress"},
+    {"planning"},
+    {"converting", "verifying", "progress"},
+    {"show", "api"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

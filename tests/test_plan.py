@@ -11,7 +11,7 @@ from helpers import run_convert, tensors_of, write_checkpoint
 from streamq.checkpoint import open_checkpoint
 from streamq.errors import PlanError, StreamqError
 from streamq.families import FUSED_GROUPS, LEFT_ALONE, Family
-from streamq.plan import Options, make_plan
+from streamq.planning import Options, make_plan
 from streamq.schemes import SCHEMES, resolve
 
 BF16 = ml_dtypes.bfloat16
@@ -289,7 +289,7 @@ def test_shard_size_is_a_limit_for_all_but_single_items(tmp_path):
 
 
 def test_a_header_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["streamq.plan.place"], "MAX_HEADER", 1000)
+    monkeypatch.setattr(sys.modules["streamq.planning.place"], "MAX_HEADER", 1000)
     with pytest.raises(PlanError, match=r"would have .* bytes, the format allows 1000"):
         plan_of(make(tmp_path, NAMES))
 

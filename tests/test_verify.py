@@ -15,7 +15,7 @@ from streamq.checkpoint import open_checkpoint
 from streamq.cli import cli
 from streamq.errors import CheckpointError
 from streamq.schemes import SCHEMES
-from streamq.verify import elements, verify
+from streamq.verifying import elements, verify
 
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 HIDDEN, INNER, KV, VOCAB = 128, 256, 36, 32

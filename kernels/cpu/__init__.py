@@ -6,18 +6,20 @@ buffers the caller may hand in (``shapes``), so that a worker allocates nothing 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from streamq.kernels.reference import E4M3, refuse_non_finite
+from streamq.kernels.reference_search import searches
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
 
 from . import amax as _amax
 from . import dequantize as _dequantize
-from . import error, fp8, integer, mx, nvfp4
+from . import error, fp8, group, integer, mx, nvfp4, search
 from .bits import INF_BITS, ROUND_BF16, ROUND_F16, ROUND_F32
 from .packing import pack_nibbles, unpack_words
 
@@ -46,7 +48,7 @@ NAME = "cpu (numba)"
 def supports(scheme: Scheme) -> bool:
     """True for every scheme whose blocks the kernels can walk."""
     if scheme.element == "int":
-        return scheme.block[0] == 1 and not scheme.two_level
+        return scheme.inverse or (scheme.block[0] == 1 and not scheme.two_level)
     if scheme.scale == "e8m0":
         return scheme.block == (1, 32)
     return scheme.element == "e4m3" or scheme.block == (1, 16)
@@ -76,12 +78,21 @@ def quantize(
     """
     if out is None:
         like = shapes(x.shape[0], x.shape[1], x.dtype, scheme, packing)
-        out = Quantized(*(np.empty(shape, dtype) for shape, dtype in like))
+        made = (np.empty(shape, dtype) for shape, dtype in like)
+        out = Quantized(**dict(zip(scheme.parts, made, strict=True)))
     bits = _as_bits(x)
     codes = out.codes.view(np.uint8)
     weight = _ROUND[x.dtype]
     quotient = weight if numerics == "weight" else ROUND_F32
-    if scheme.whole_tensor:
+    if scheme.inverse:
+        top = group.quantize(bits, scheme, packing, out)
+    elif searches(scheme):
+        stored = out.scale.dtype if scheme.element == "int" else x.dtype
+        dialect = weight if numerics == "weight" else None
+        top = search.quantize(
+            bits, scheme, packing, dialect, _ROUND[stored], _EPS[stored], outer, out
+        )
+    elif scheme.whole_tensor:
         assert outer is not None
         top = fp8.fp8_rows(bits, outer, quotient, codes)
     elif scheme.scale == "e4m3":
@@ -96,7 +107,7 @@ def quantize(
         top = _with_float_scale(bits, scheme, packing, x.dtype, numerics, out)
     if top >= INF_BITS:
         refuse_non_finite("weight", x)
-    return Quantized(out.codes, out.scale, out.zero_point, outer if scheme.two_level else None)
+    return replace(out, global_scale=outer if scheme.two_level else None)
 
 
 def dequantize(q: Quantized, scheme: Scheme, out: Array | None = None) -> Array:
@@ -107,14 +118,21 @@ def dequantize(q: Quantized, scheme: Scheme, out: Array | None = None) -> Array:
     rows, cols = q.codes.shape
     if out is None:
         out = np.empty((rows, cols), np.float32)
+    if scheme.inverse:
+        return group.dequantize(q, scheme, out)
     scale = _widened(q.scale, scheme)
     if q.global_scale is not None:
         with np.errstate(all="ignore"):
             scale = scale / np.asarray(q.global_scale, np.float32).reshape(-1, 1)
     zero = np.zeros_like(scale) if q.zero_point is None else q.zero_point.astype(np.float32)
+    if q.bias is not None:
+        zero = np.full_like(scale, -(1 << (scheme.bits - 1)))
     br, bc = scheme.block_of(rows, cols)
     br = 1 if len(scale) == rows else br
     _dequantize.VALUES[scheme.element](q.codes.view(np.uint8), scale, zero, br, bc, out)
+    if q.bias is not None:
+        blocks = out.reshape(rows, -1, bc)
+        blocks += q.bias[:, :, None]
     return out
 
 
@@ -125,6 +143,11 @@ def energies(
 
     ``q`` as ``quantize`` gave it for ``packing``.
     """
+    if scheme.inverse:
+        if packing.kind == "words":
+            half = 1 << (packing.bits - 1)
+            q = replace(q, codes=unpack_words(q.codes, packing.bits, x.shape[1], half))
+        return group.energies(x, q, scheme)
     if scheme.whole_tensor:
         assert outer is not None
         scale = outer.reshape(-1, 1)
@@ -157,7 +180,7 @@ def warm_up(
 
     With ``stats`` what ``energies`` runs as well.
     """
-    x = np.zeros((1, 128 if scheme.block[1] < 0 else scheme.block[1]), dtype)
+    x = np.zeros((1, (128 if scheme.block[1] < 0 else scheme.block[1]) * scheme.stride), dtype)
     if scheme.needs_amax:
         amax(x)
     outer = np.ones(1, np.float32)
@@ -223,14 +246,16 @@ Buffer = tuple[tuple[int, int], np.dtype[Any]]
 def shapes(
     rows: int, cols: int, dtype: np.dtype[Any], scheme: Scheme, packing: Packing
 ) -> list[Buffer]:
-    """Shape and dtype of codes, scale and, where there is one, zero point of a weight."""
+    """Shape and dtype of each of ``Scheme.parts`` of a weight."""
     codes: np.dtype[Any] = np.dtype(np.uint8)
     if packing.kind == "bytes" and scheme.element != "e2m1":
         codes = np.dtype(np.int8) if scheme.element == "int" else E4M3
     scale: np.dtype[Any] = _SCALE.get(scheme.scale, dtype)
     blocks = scheme.scale_shape(rows, cols)
     buffers = [((rows, packing.row_bytes(cols)), codes), (blocks, scale)]
-    return buffers if scheme.symmetric else [*buffers, (blocks, np.dtype(np.int8))]
+    if scheme.symmetric:
+        return buffers
+    return [*buffers, (blocks, np.dtype(np.float32 if scheme.inverse else np.int8))]
 
 
 def _as_bits(x: Array) -> Array:

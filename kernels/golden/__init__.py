@@ -22,6 +22,22 @@ FOLDER = Path(__file__).parent
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 NUMERICS: tuple[Numerics, ...] = ("f32", "weight")
 
+_SEARCHED: dict[str, Scheme] = {
+    name: replace(scheme, name=name, scales="search")
+    for name, scheme in {
+        "NVFP4_SEARCH": SCHEMES["NVFP4A16"],
+        "NVFP4_ONE_LEVEL_SEARCH": Scheme("", "e2m1", 4, (1, 16), "e4m3"),
+        "MXFP4_SEARCH": SCHEMES["MXFP4A16"],
+        "INT2_SEARCH": replace(SCHEMES["W2A16"], block=(1, 24)),
+        "INT3_SEARCH": SCHEMES["W3A16"],
+        "INT3_NARROW_SEARCH": Scheme("", "int", 3, (1, 32), "f32", narrow=True),
+        "INT4_SEARCH": SCHEMES["W4A16"],
+        "INT4_ASYM_SEARCH": SCHEMES["W4A16_ASYM"],
+        "INT5_ASYM_SEARCH": Scheme("", "int", 5, (1, 8), "bf16", symmetric=False),
+        "INT8_CHANNEL_SEARCH": SCHEMES["W8A8"],
+    }.items()
+}
+
 #: The presets, and what no preset uses but the kernels do.
 CASES: dict[str, Scheme] = {
     **SCHEMES,
@@ -36,6 +52,7 @@ CASES: dict[str, Scheme] = {
     "INT8_CHANNEL_UNROUNDED": Scheme("INT8_CHANNEL_UNROUNDED", "int", 8, (1, ALL), unrounded=True),
     "NVFP4_ONE_LEVEL": Scheme("NVFP4_ONE_LEVEL", "e2m1", 4, (1, 16), "e4m3"),
     "INT4_GROUP_BF16_SCALE": replace(SCHEMES["W4A16"], scale="bf16"),
+    **_SEARCHED,
 }
 
 

@@ -26,8 +26,9 @@ class Checkpoint:
     """An opened source: headers only, no data.
 
     ``tensors``: by name, in file order; ``nbytes`` of all. ``files``: shard file names in order.
-    ``config``: config.json, {} where there is none. ``others``: paths, relative to
-    ``root``, of the files that are not weights. ``oddities``: sentences for people.
+    ``metadata``: by file, what its header says beside tensors. ``config``: config.json, {}
+    where there is none. ``others``: paths, relative to ``root``, of the files that are not
+    weights. ``oddities``: sentences for people.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Checkpoint:
     ) -> None:
         self.root = root
         self.files = list(headers)
+        self.metadata = {file: header.metadata for file, header in headers.items()}
         self.config = config
         self.others = others
         self.oddities = oddities

@@ -11,7 +11,13 @@ from streamq.schemes import Scheme
 from .awq import Awq
 from .base import Format, Rules, quantization_of
 from .compressed_tensors import CompressedTensors
+from .fp8 import Fp8
+from .gpt_fast import GptFast
+from .gptq import Gptq
+from .group import Group
 from .layout import Entry, Layout, Role
+from .mlx import Mlx
+from .modelopt import ModelOpt
 from .plain import Plain
 
 __all__ = [
@@ -20,7 +26,22 @@ __all__ = [
 ]  # fmt: skip
 
 # One line adds a format.
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Awq("gemm"), Plain())}
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        CompressedTensors(),
+        ModelOpt(),
+        Fp8(),
+        Awq("gemm"),
+        Awq("gemv"),
+        Gptq(1),
+        Gptq(2),
+        Mlx(),
+        Group(),
+        GptFast(),
+        Plain(),
+    )
+}
 
 
 def named(name: str, **options: Any) -> Format:

@@ -36,7 +36,7 @@ class Awq(Format):
     """
 
     method = "awq"
-    presets = ("W4A16_ASYM", "W4A16")
+    presets = ("W4A16_ASYM",)
     code_suffixes = ("qweight",)
     other_suffixes = ("qzeros", "scales")
     scale_suffix = "scales"
@@ -47,7 +47,7 @@ class Awq(Format):
         self.loaders = "vLLM, gptqmodel, mlx-lm" if version == "gemm" else "AutoAWQ, gptqmodel"
 
     def concrete(self, scheme: Scheme) -> Scheme:
-        """See ``Format.concrete``. A symmetric scheme has the zero point 8 everywhere."""
+        """See ``Format.concrete``."""
         scheme = super().concrete(scheme)
         group = scheme.block[1]
         if self.version == "gemv" and group not in (32, 64, 128):
@@ -72,21 +72,21 @@ class Awq(Format):
             return np.ascontiguousarray(q.scale.T)
         from streamq.kernels.cpu.packing import pack_columns
 
-        return pack_columns(q.codes if role == "codes" else _zeros(q), 4, 8, ORDER).view("<i4")
+        codes = q.codes if role == "codes" else q.zero_point
+        assert codes is not None
+        return pack_columns(codes, 4, 8, ORDER).view("<i4")
 
     def _pack_gemv(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
-        if role == "codes":
-            return super().pack(role, q, layout, scheme)
-        shape = (len(q.scale), 8 * zeros_width(layout.cols, scheme.block[1]))
-        padded = np.zeros(shape, q.scale.dtype if role == "scale" else np.int8)
-        if role == "scale":
-            padded[:, : q.scale.shape[1]] = q.scale
-            return padded
         from streamq.kernels.cpu.packing import pack_words
 
-        padded -= 8  # stored as 0
-        padded[:, : q.scale.shape[1]] = _zeros(q)
-        return pack_words(padded, 4, 8).view("<i4")
+        if role == "codes":
+            return pack_words(q.codes, 4, 8).view("<i4")
+        values, nothing = (q.scale, 0) if role == "scale" else (q.zero_point, -8)  # stored as 0
+        assert values is not None
+        width = 8 * zeros_width(layout.cols, scheme.block[1])
+        padded = np.full((len(values), width), nothing, values.dtype)
+        padded[:, : values.shape[1]] = values
+        return padded if role == "scale" else pack_words(padded, 4, 8).view("<i4")
 
     def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
         """See ``Format.unpack``."""
@@ -180,11 +180,6 @@ def _layout(rows: int, cols: int, dtype: str, scheme: Scheme, version: str) -> L
         rows_entry("qzeros", "zero_point", "I32", (rows, width), 1, direct=False),
     ]
     return make_layout(rows, cols, dtype, entries, scheme.block, _NIBBLES)
-
-
-def _zeros(q: Quantized) -> Array:
-    """Zero points int8, also of a symmetric scheme."""
-    return np.zeros(q.scale.shape, np.int8) if q.zero_point is None else q.zero_point
 
 
 def _version(quantization: Mapping[str, Any]) -> str:

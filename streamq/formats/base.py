@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,16 @@ class Format:
         """
         raise NotImplementedError
 
+    def layout_of(
+        self, shape: tuple[int, ...], dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """``layout`` of a tensor of any dimensions, seen as a matrix ``[shape[0], the rest]``."""
+        return self.layout(shape[0], prod(shape[1:]), dtype, scheme, input_scale)
+
+    def note(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """What ``__metadata__`` says of a weight under ``<format>:<its name>``, if anything."""
+        return None
+
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
         """The array of an entry for some rows, from codes that come one per byte.
 
@@ -143,12 +154,25 @@ class Format:
         """Rows and columns of a weight from its tensors by suffix."""
         raise NotImplementedError
 
+    def as_stored(self, scheme: Scheme, found: Mapping[str, TensorInfo]) -> Scheme:
+        """The scheme of ``rules`` with what only the tensors by suffix tell."""
+        return scheme
+
+    def noted_shape(self, name: str, note: str | None, scheme: Scheme) -> tuple[int, ...] | None:
+        """The shape of the weight of a module from its ``note``; None where there are none.
+
+        Raises CheckpointError for a note that is missing or does not fit.
+        """
+        return None
+
     def scale_tag(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> str:
         """The header dtype of scales that follow the weight's, for ``layout``."""
         return found[self.scale_suffix].dtype
 
     #: The suffix of the scale.
     scale_suffix = "weight_scale"
+    #: Whether ``unpack`` looks at the layout's constant as well.
+    reads_constant = False
 
     def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
         """Codes, one per byte, and scales of some rows: the inverse of ``pack``."""
@@ -163,6 +187,10 @@ class Format:
         g = arrays.get("global_scale")
         divisor = None if g is None else self.unpack_global(g)
         return Quantized(codes, scale, arrays.get("zero_point"), divisor)
+
+    def unpadded(self, scale: Array, layout: Layout, scheme: Scheme) -> Array:
+        """A stored scale without what only fills it up."""
+        return scale
 
     def unpack_global(self, stored: Array) -> Array:
         """The divisor, f32 ``[1]``, of a stored global scale."""

@@ -38,6 +38,11 @@ class Entry(NamedTuple):
         """Bytes from one line to the next."""
         return self.size // self.lines
 
+    @property
+    def per_row(self) -> int:
+        """Elements that ``rows`` rows of the weight become."""
+        return self.lines * self.nbytes // DTYPES[self.dtype].itemsize
+
 
 class Layout(NamedTuple):
     """All output tensors of a ``[rows, cols]`` weight of one dtype under one scheme.

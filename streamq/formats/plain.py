@@ -30,6 +30,13 @@ class Plain(Format):
         codes = rows_entry("weight", "codes", tag, (rows, cols), 1, direct=False)
         return make_layout(rows, cols, dtype, [codes], (1, cols))
 
+    def layout_of(
+        self, shape: tuple[int, ...], dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """See ``Format.layout_of``; the tensor has its own shape."""
+        layout = super().layout_of(shape, dtype, scheme)
+        return layout._replace(entries=(layout.entries[0]._replace(shape=shape),))
+
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
         """See ``Format.pack``; the codes are the values."""
         return q.codes

@@ -5,9 +5,10 @@ Order of a directory: all of it in ``DST.partial``, index and config last, fsync
 ``DST`` is therefore absent or complete at every moment.
 """
 
-from .destination import Destination, check_destination, free_bytes
+from .destination import Destination, check_destination, free_bytes, same_disk
 from .shard import ShardWriter, build_header, quoted
 
 __all__ = [
     "Destination", "ShardWriter", "build_header", "check_destination", "free_bytes", "quoted",
+    "same_disk",
 ]  # fmt: skip

@@ -114,6 +114,11 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
     return free
 
 
+def same_disk(a: Path, b: Path) -> bool:
+    """Whether two destinations would share the space of one disk."""
+    return _existing_parent(a).stat().st_dev == _existing_parent(b).stat().st_dev
+
+
 def free_bytes(dst: Path) -> int:
     """Free bytes on the disk of ``dst``, what an interrupted run left there counted as free."""
     free = shutil.disk_usage(_existing_parent(dst)).free

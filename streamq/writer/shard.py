@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ def quoted(names: list[str]) -> list[str]:
     return [quote(name)[1:-1] for name in names]
 
 
-def build_header(regions: Iterable[Region]) -> bytes:
+def build_header(regions: Iterable[Region], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length and JSON that open a file.
 
     Takes columns ``(names, dtype, shapes, kinds, starts, sizes)`` in the order of the data,
     which has no gaps; names ``quoted``, ``kinds`` numbers in ``shapes``, offsets counted from
     the first data byte. Padded with spaces to a multiple of 8, as the format's owner does, so
-    that data starts aligned. ``format: pt`` because loaders refuse files without it. Columns
-    are joined, as formatting each entry takes twice as long.
+    that data starts aligned. ``format: pt`` because loaders refuse files without it, and
+    ``metadata`` beside it. Columns are joined, as formatting each entry takes twice as long.
     """
-    parts = ['{"__metadata__":{"format":"pt"}']
+    said = json.dumps({"format": "pt", **(metadata or {})}, separators=(",", ":"))
+    parts = [f'{{"__metadata__":{said}']
     for names, dtype, shapes, kinds, starts, sizes in regions:
         middles = [
             f'":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['

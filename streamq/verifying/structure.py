@@ -65,7 +65,7 @@ def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) 
     shared: dict[tuple[str, str], tuple[str, float]] = {}
     for s in weights:
         t = s.tensors[s.format.scale_suffix]
-        scale = read(checkpoint, t)
+        scale = s.format.unpadded(read(checkpoint, t), s.layout, s.scheme)
         if s.scheme.scale == "e8m0":
             good = scale != 255
         else:
@@ -82,6 +82,13 @@ def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) 
                 constant = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
                 if not 0 < constant < inf:
                     report.failures.append(f"{s.tensors[e.suffix].name!r} is {constant}")
+            if e.role == "bias":
+                bias = read(checkpoint, s.tensors[e.suffix]).astype(np.float32)
+                if not np.isfinite(bias).all():
+                    at = np.argwhere(~np.isfinite(bias))[0]
+                    report.failures.append(
+                        f"{s.tensors[e.suffix].name!r} is {bias[tuple(at)]} at {_place(at)}"
+                    )
         if s.scheme.two_level and (found := family.group_of(s.module)):
             e = s.layout.entry("global_scale")
             g = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])

@@ -88,8 +88,8 @@ def _table(rows: Rows, files: list[str], options: Options) -> _Table:
         kind.append(-1 if number < 0 else kinds.setdefault((shape, dtype, number), len(kinds)))
     layouts = []
     for shape, dtype, number in kinds:
-        scheme, fmt, _ = rows.targets[number]
-        layouts.append(fmt.layout(shape[0], shape[1], dtype, scheme, options.input_scale))
+        scheme, fmt, _, _ = rows.targets[number]
+        layouts.append(fmt.layout_of(shape, dtype, scheme, options.input_scale))
     named = [(rows.targets[n] if n >= 0 else None, dtype) for n, dtype in groups]
     file_numbers = {file: i for i, file in enumerate(files)}
     places = np.array([[file_numbers[t.file] for t in rows.tensors],
@@ -149,7 +149,8 @@ def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
         sizes = regions[key].sizes
         starts[key] = at + np.cumsum(sizes) - sizes
         at += int(sizes.sum())
-    header = build_header((*regions[key][:4], starts[key], regions[key].sizes) for key in order)
+    columns = ((*regions[key][:4], starts[key], regions[key].sizes) for key in order)
+    header = build_header(columns, _notes(table.groups, parts, stored))
     base = len(header)
     copies = [
         Copy(t, start)
@@ -162,6 +163,25 @@ def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
     ]  # fmt: skip
     names = [tensor for key in order for tensor in regions[key].names]
     return ShardPlan(name, weights, copies, names, header, base + at)
+
+
+def _notes(
+    groups: list[tuple[Target | None, str]], parts: dict[int, _Table], stored: dict[str, Stored]
+) -> dict[str, str]:
+    """What formats say in ``__metadata__`` of the weights of a shard."""
+    copied = {s.codes.name: s for s in stored.values()}
+    notes = {}
+    for number, part in parts.items():
+        target = groups[number][0]
+        if target is None:
+            kept = [copied[t.name] for t in part.tensors if t.name in copied]
+            said = [(s.format, s.name, s.shape, s.scheme) for s in kept]
+        else:
+            said = [(target.format, t.name, t.shape, target.scheme) for t in part.tensors]
+        for fmt, name, shape, scheme in said:
+            if (note := fmt.note(shape, scheme)) is not None:
+                notes[f"{fmt.name}:{name}"] = note
+    return notes
 
 
 def _weights(
@@ -183,12 +203,13 @@ def _weights(
 def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
     modules = quoted([t.name.removesuffix("weight") for t in weights.tensors])
-    kinds = weights.kind.tolist()
-    for slot, head in enumerate(weights.layouts[kinds[0]].entries):
+    used, kind = np.unique(weights.kind, return_inverse=True)
+    layouts = [weights.layouts[k] for k in used.tolist()]
+    for slot, head in enumerate(layouts[0].entries):
         names = [module + head.suffix for module in modules]
-        shapes = [layout.entries[slot].shape for layout in weights.layouts]
-        sizes = np.array([layout.sizes[slot] for layout in weights.layouts])[weights.kind]
-        yield _Region(names, head.dtype, shapes, kinds, sizes)
+        shapes = [layout.entries[slot].shape for layout in layouts]
+        sizes = np.array([layout.sizes[slot] for layout in layouts])[kind]
+        yield _Region(names, head.dtype, shapes, kind.tolist(), sizes)
 
 
 def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:
@@ -218,7 +239,7 @@ def slab_memory(shards: list[ShardPlan]) -> int:
         read = layout.cols * itemsize * rows
         widened = 4 * layout.cols * rows if dtype == "F16" or stored else 0
         packed = (layout.packing.row_bytes(layout.cols) + layout.cols * (not layout.flat)) * rows
-        scales = 8 * rows * sum(e.shape[-1] for e in layout.entries if e.role == "scale")
+        scales = 8 * rows * sum(e.per_row for e in layout.entries if e.role == "scale")
         strip = min(layout.gathered, STRIP)
         most = max(most, read + widened + packed + scales + 6 * layout.cols + strip)
     return most

@@ -57,6 +57,7 @@ class Target(NamedTuple):
     scheme: Scheme
     format: Format
     origin: Origin
+    numerics: Numerics = "f32"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +89,11 @@ class Weights:
     def scheme(self) -> Scheme:
         """The scheme of the target."""
         return self.target.scheme
+
+    @property
+    def needs_amax(self) -> bool:
+        """Whether all rows of a step are looked at before any is quantized."""
+        return self.target.origin != "codes" and self.scheme.needs_amax
 
     def row_step(self, row: int) -> int:
         """Rows that a slab of a weight is a multiple of, in what is read and in what is written."""
@@ -181,16 +187,17 @@ class Plan:
         tensors = sum(len(s.names) for s in self.shards)
         return BASE_MEMORY + workers * self.slab_memory + TENSOR_MEMORY * tensors
 
-    def workers_within(self, wanted: int, max_memory: int) -> int:
-        """As many workers as their buffers fit into ``max_memory``.
+    def workers_within(self, wanted: int, max_memory: int, held: int = 0) -> int:
+        """As many workers as their buffers, and ``held`` bytes each, fit into ``max_memory``.
 
         Raises PlanError where not even one fits.
         """
-        fit = max_memory // max(1, self.slab_memory)
+        need = max(1, self.slab_memory + held)
+        fit = max_memory // need
         if fit < 1:
             raise PlanError(
                 f"--max-memory {max_memory >> 20}MiB is too little: the widest tensor needs "
-                f"{-(-self.slab_memory >> 20)}MiB of buffers."
+                f"{-(-need >> 20)}MiB of buffers."
             )
         return min(wanted, fit)
 

@@ -10,15 +10,12 @@ from typing import Any
 from streamq.checkpoint import CONFIG
 from streamq.errors import PlanError
 from streamq.families import Family, collapse, is_expert_stack, matcher
-from streamq.formats import Format, default_format
-from streamq.schemes import ALL, PLAIN, FloatType, Scheme, block_text
+from streamq.schemes import ALL, Scheme
 from streamq.stored import Stored
 from streamq.tensors import FLOATS, TensorInfo
 
+from .quantized import AlreadyQuantized, refuse_unfit
 from .types import Options, Target
-
-_ELEMENT_OF: dict[str, FloatType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
-_TORCH_DTYPES: dict[str, FloatType] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 @dataclass(slots=True)
@@ -55,12 +52,12 @@ def choose(
     Raises PlanError where nothing is left to do, or something cannot be done.
     """
     why_not = _rules(options, family)
-    decide = _Stored(options, config)
+    decide = AlreadyQuantized(options, config)
     numbers: dict[Target, int] = {}
     choice = Choice()
     assert options.format is not None
     plain = options.scheme.is_float
-    floats = Target(options.scheme, options.format, "floats")
+    floats = Target(options.scheme, options.format, "floats", options.numerics)
     modules: dict[Scheme, list[str]] = {}
     for i, t in enumerate(tensors):
         reason = why_not(t)
@@ -74,7 +71,10 @@ def choose(
             target = scheme = None
         else:
             scheme = options.scheme
+            if len(t.shape) > 2:
+                target = floats._replace(scheme=scheme.folded(t.shape))
         if scheme is not None:
+            scheme = replace(scheme, stride=1) if scheme.stride != 1 else scheme
             modules.setdefault(scheme, []).append(t.name.removesuffix(".weight"))
         choice.numbers.append(-1 if target is None else numbers.setdefault(target, len(numbers)))
     choice.targets = list(numbers)
@@ -85,7 +85,7 @@ def choose(
     return choice
 
 
-def _refuse_nothing(choice: Choice, decide: _Stored, options: Options) -> None:
+def _refuse_nothing(choice: Choice, decide: AlreadyQuantized, options: Options) -> None:
     if not options.format or not choice.modules:
         reasons = ", ".join(f"{n} x {w}" for w, n in Counter(choice.kept.values()).most_common())
         raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
@@ -105,79 +105,6 @@ def _refuse_nothing(choice: Choice, decide: _Stored, options: Options) -> None:
         )
 
 
-class _Stored:
-    """What becomes of weights that are quantized already."""
-
-    def __init__(self, options: Options, config: dict[str, Any]) -> None:
-        self._options = options
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        self._element = _TORCH_DTYPES.get(str(dtype), "bf16")
-        self._kept: Counter[str] = Counter()
-        self._brought_back = 0
-
-    def __call__(self, s: Stored, reason: str | None) -> tuple[Target | None, Scheme | None]:
-        """The target, None for a copy of its tensors, and the scheme it then has, if any."""
-        o = self._options
-        assert o.format is not None
-        if reason is None or (o.scheme.is_float and reason not in ("--ignore", "not in --only")):
-            if o.scheme.is_float:
-                return Target(o.scheme, o.format, "values"), o.scheme
-            if _holds(o.scheme, s.scheme):
-                return self._repacked(s, o.format, o.scheme)
-            if o.requantize:
-                _refuse_unfit(s.name, (s.layout.rows, s.layout.cols), o)
-                return Target(self._resolved(o.scheme), o.format, "values"), o.scheme
-        elif o.scheme.is_float:
-            raise PlanError(
-                f"{s.name!r} is quantized and would stay so ({reason}), which the format "
-                f"{o.format.name} cannot hold; choose another --format."
-            )
-        if o.format.name == s.format.name or (o.format.mixes and s.scheme.name in o.format.presets):
-            self._kept[s.scheme.name] += 1
-            scheme = s.scheme if o.format.name == s.format.name else o.format.concrete(s.scheme)
-            return self._repacked(s, o.format, scheme)
-        if reason is None:
-            raise PlanError(
-                f"{s.name!r} is quantized to {s.scheme.name}, which the format {o.format.name} "
-                "cannot hold; --requantize converts it from its rounded values."
-            )
-        self._brought_back += 1
-        plain = PLAIN[self._element.upper()]
-        return Target(plain, default_format(plain), "values"), None
-
-    def _repacked(self, s: Stored, fmt: Format, scheme: Scheme) -> tuple[Target | None, Scheme]:
-        if fmt.name == s.format.name and s.scheme == replace(scheme, scales=s.scheme.scales):
-            return None, s.scheme
-        if scheme.scale == "weight":
-            element = _ELEMENT_OF[s.tensors[s.format.scale_suffix].dtype]
-            return Target(replace(scheme, scale=element), fmt, "codes"), scheme
-        return Target(scheme, fmt, "codes"), scheme
-
-    def _resolved(self, scheme: Scheme) -> Scheme:
-        """Scales that follow the weight's dtype follow that of the model."""
-        return replace(scheme, scale=self._element) if scheme.scale == "weight" else scheme
-
-    def notes(self) -> list[str]:
-        """Sentences for people."""
-        notes = [f"{n} weights stay quantized to {name}" for name, n in self._kept.items()]
-        if self._brought_back:
-            notes.append(
-                f"{self._brought_back} quantized weights become {self._element}: loaders expect "
-                "them unquantized, and the format cannot hold their scheme"
-            )
-        return notes
-
-
-def _holds(target: Scheme, source: Scheme) -> bool:
-    """Whether the codes of a source are codes of the target as they are.
-
-    Symmetric integers are asymmetric ones with a zero point of 0.
-    """
-    if source.element == "int" and source.symmetric and not source.narrow:
-        source = replace(source, symmetric=target.symmetric)
-    return source.numbers == target.numbers
-
-
 def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | None]:
     """A function from a tensor to the reason why it is kept, or None."""
     ignored, wanted = _either(options.ignore), _either(options.only)
@@ -188,6 +115,8 @@ def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | Non
         name, dtype, shape, _, _ = t
         if options.ignore and ignored(name):
             return "--ignore"
+        if _is_named_stack(t, options) and wanted(name):
+            return _unfit(t, options)
         if len(shape) != 2 or not name.endswith(".weight"):
             if is_expert_stack(name, shape) and not options.scheme.is_float:
                 raise PlanError(
@@ -208,6 +137,12 @@ def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | Non
     return why_not
 
 
+def _is_named_stack(t: TensorInfo, options: Options) -> bool:
+    """Whether it has more than two dimensions, and is quantized if --only names it."""
+    named = options.scheme.inverse and bool(options.only)
+    return named and len(t.shape) > 2 and t.name.endswith(".weight")
+
+
 def _either(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     """Whether a tensor or its module is named by one of the patterns."""
     test = matcher(patterns)
@@ -220,28 +155,16 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
         return "empty"
     if t.dtype not in FLOATS:
         return f"dtype {t.dtype}"
-    _refuse_unfit(t.name, t.shape, options)
+    refuse_unfit(t.name, t.shape, options)
     assert options.format is not None
     try:
-        options.format.layout(t.shape[0], t.shape[1], t.dtype, options.scheme)
+        options.format.layout_of(t.shape, t.dtype, options.scheme.folded(t.shape))
     except PlanError as e:
         raise PlanError(
             f"tensor {t.name!r} of shape {list(t.shape)}: {e}; "
             f"leave it with --ignore '{t.name.removesuffix('.weight')}'."
         ) from None
     return None
-
-
-def _refuse_unfit(name: str, shape: tuple[int, ...], options: Options) -> None:
-    scheme, cols = options.scheme, shape[1]
-    block = scheme.block[1]
-    if scheme.block[0] == 1 and block != ALL and cols % block:
-        hint = " or use another --group-size" if scheme.element == "int" else ""
-        raise PlanError(
-            f"tensor {name!r} of shape {list(shape)} has {cols} columns, not a multiple "
-            f"of the {block_text(scheme.block)} block of {scheme.name}; "
-            f"leave it with --ignore '{name.removesuffix('.weight')}'{hint}."
-        )
 
 
 def fuse(
@@ -310,7 +233,7 @@ def unused_patterns(tensors: list[TensorInfo], options: Options) -> list[str]:
 
 def block_warnings(tensors: list[TensorInfo], choice: Choice, homes: dict[int, int]) -> list[str]:
     """Loaders that fuse 128x128-block weights need whole blocks in all members but the last."""
-    heights = [target.scheme.block[0] for target in choice.targets]
+    heights = [1 if t.scheme.inverse else t.scheme.block[0] for t in choice.targets]
     fused = {home for home, n in Counter(homes.values()).items() if n > 1}
     ragged = []
     for i, home in homes.items():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamq.formats import Layout
-from streamq.plan import SLAB, Weights, slab_rows
+from streamq.planning import SLAB, Weights, slab_rows
 from streamq.stored import SLAB as STORED_SLAB
 from streamq.stored import Stored
 from streamq.tensors import TensorInfo

@@ -1,14 +1,19 @@
-"""What gathers the bytes of one output tensor, or of neighbouring ones, until a write pays."""
+"""Where bytes of an output wait until a write pays, and what is counted on the way."""
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
+from typing import NamedTuple
+
 import numpy as np
 
-from streamq.formats import Entry
-from streamq.plan import STRIP
+from streamq.formats import Entry, Role
+from streamq.planning import STRIP
+from streamq.quality import Quality
 from streamq.writer import ShardWriter
 
-from .slabs import Array
+from .slabs import Array, Slab
 
 #: Bytes an outbox starts with.
 OUTBOX = 1 << 18
@@ -88,3 +93,52 @@ class Strip:
                 at = self._start + line * entry.stride + self._begun
                 self._shard.put(at, self._buffer[line, :width])
         self._begun = self._filled
+
+
+class Tally:
+    """What is counted over an output: what weights lost, if anybody asks, and rounded scales."""
+
+    def __init__(self, quality: Quality | None) -> None:
+        self.quality = quality
+        self.rounded = 0
+        self._lock = threading.Lock()
+
+    def round(self, count: int) -> None:
+        """Note scales that were not exact in the dtype of the output."""
+        with self._lock:
+            self.rounded += count
+
+
+class Sink(NamedTuple):
+    """Where the weights of a shard go."""
+
+    writer: ShardWriter
+    tally: Tally
+
+
+class Out:
+    """The boxes of one job, by role."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.tally = sink.tally
+        self._boxes: defaultdict[Role, Outbox] = defaultdict(lambda: Outbox(sink.writer))
+        self._strips: defaultdict[Role, Strip] = defaultdict(lambda: Strip(sink.writer))
+
+    def reserve(self, slab: Slab, e: Entry, start: int, size: int) -> Array:
+        """Room for what the rows of a slab become in a row-major tensor."""
+        return self._boxes[e.role].reserve(start + slab.first // e.rows * e.nbytes, size)
+
+    def put(self, slab: Slab, e: Entry, start: int, data: Array) -> None:
+        """What the rows of a slab became."""
+        if e.lines > 1:
+            self._strips[e.role].put(e, start, slab.first // e.rows * e.nbytes, data)
+            return
+        raw = data.view(np.uint8).reshape(-1)
+        self.reserve(slab, e, start, len(raw))[:] = raw
+
+    def flush(self) -> None:
+        """Write what is left."""
+        for box in self._boxes.values():
+            box.flush()
+        for strip in self._strips.values():
+            strip.flush()

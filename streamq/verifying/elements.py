@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
+from streamq.kernels import reference_group
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
-from streamq.plan import slab_rows
+from streamq.planning import slab_rows
 from streamq.schemes import Quantized, Scheme
 from streamq.stored import Array, Stored, bytes_of, read_rows, text_of
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
@@ -71,8 +72,8 @@ def _compare_weight(
 ) -> tuple[str | None, float, float]:
     """The first element out of bounds, and the energies of signal and error."""
     dtype, scheme = DTYPES[t.dtype].numpy, s.scheme
-    if t.shape != (s.layout.rows, s.layout.cols) or t.dtype not in FLOATS or dtype is None:
-        found, wanted = text_of((t.dtype, t.shape)), [s.layout.rows, s.layout.cols]
+    if t.shape != s.shape or t.dtype not in FLOATS or dtype is None:
+        found, wanted = text_of((t.dtype, t.shape)), list(s.shape)
         return f"{t.name!r} is {found} in the source, not a float of shape {wanted}", 0, 0
     signal = noise = 0.0
     failure = None
@@ -109,6 +110,8 @@ def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme, ulp: float) -> Array:
     the relative error of one rounding to the weight's dtype: ``--numerics weight`` rounds
     the quotient so, and the sum with the zero point again.
     """
+    if scheme.inverse:
+        return _out_of_group_bounds(w, q, scheme)
     unit = 2 if scheme.element == "e2m1" else 1  # the code of 1.0
     one = Quantized(np.full_like(q.codes, unit), q.scale, None, q.global_scale)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -137,3 +140,18 @@ def _out_of_bounds(w: Array, q: Quantized, scheme: Scheme, ulp: float) -> Array:
     high = np.concatenate((middle, [np.inf]))[index]
     slack = ulp * np.abs(x)
     return np.asarray(nan | ~((a >= low - slack) & (a <= high + slack)))
+
+
+def _out_of_group_bounds(w: Array, q: Quantized, scheme: Scheme) -> Array:
+    """Where a weight times the inverse scale is not within half a step of its code.
+
+    Nothing is clipped, because scale and minimum are those of the very group.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        code = q.codes.astype(np.float32)
+        if q.bias is not None:
+            w = w - reference_group.spread(q.bias, scheme, w.shape)
+            code += np.float32(1 << (scheme.bits - 1))
+        x = w * reference_group.spread(q.scale, scheme, w.shape)
+        # The roundings of the difference and of the product.
+        return np.asarray(~(np.abs(x - code) <= 0.5 + np.float32(2.0**-22) * np.abs(x)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from types import ModuleType
@@ -13,21 +12,26 @@ from typing import Any
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
-from streamq.errors import NonFiniteError, StreamqError
-from streamq.formats import Entry, Role
+from streamq.errors import StreamqError
+from streamq.formats import Entry
 from streamq.kernels.reference import outer_scale
-from streamq.plan import Weights
+from streamq.planning import Weights
 from streamq.quality import Quality
-from streamq.schemes import BYTES, FLOAT_TAGS, Numerics, Packing, Quantized
+from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
 from streamq.stored import read_rows
 from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
-from .boxes import Outbox, Strip
+from .boxes import Out, Sink, Tally
+from .errors import telling
 from .slabs import Array, Slab, Stretch, slabs
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
+
+
+#: Told of the bytes of the source that are done, and the name of a tensor; from any thread.
+Progress = Callable[[int, str], None]
 
 
 class Stopped(Exception):
@@ -37,36 +41,42 @@ class Stopped(Exception):
 class Worker:
     """The buffers of one thread and what it does with them.
 
-    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy. ``rounded``
-    hears how many scales were not exact in the dtype of the output.
+    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy.
     """
 
     def __init__(
         self,
         source: Checkpoint,
         kernels: ModuleType | None,
-        numerics: Numerics,
         memory: int,
         stop: threading.Event,
-        progress: Callable[[int, str], None],
-        quality: Quality | None,
-        rounded: Callable[[int], None],
+        progress: Progress,
     ) -> None:
         self._source = source
         self._kernels: Any = kernels
-        self._numerics = numerics
         self._arena = np.empty(memory, np.uint8)
         self._stop = stop
         self._progress = progress
-        self._quality = quality
-        self._rounded = rounded
+        self._held: list[tuple[str, int, Array]] = []
+
+    def hold(self, work: list[Stretch]) -> None:
+        """Read what some work will look at, once, until ``release``."""
+        for file, start, end in _joined(_span(r) for r in work if r.weights.stored is None):
+            self._heed()
+            held = np.empty(end - start, np.uint8)
+            self._source.pread(file, start, held.data)
+            self._held.append((file, start, held))
+
+    def release(self) -> None:
+        """Forget what was held."""
+        self._held.clear()
 
     def amax(self, work: list[Stretch], count: int) -> Array:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
         tops = np.zeros(count, np.float32)
         for slab in chain.from_iterable(map(slabs, work)):
             x = self._read(slab).reshape(-1, slab.span)
-            with _telling(slab, slab.span):
+            with telling(slab, slab.span):
                 rows = self._kernels.amax(x)
             found = np.maximum.reduceat(rows, slab.begins // slab.span)
             part = tops[slab.number : slab.number + len(slab.begins)]
@@ -75,11 +85,11 @@ class Worker:
 
     def outer(self, amax: Array, weights: Weights) -> Array:
         """The scale above the blocks for the amax of each group of these weights."""
-        return outer_scale(amax, weights.scheme, weights.numpy, self._numerics)
+        return outer_scale(amax, weights.scheme, weights.numpy, weights.target.numerics)
 
-    def quantize(self, work: list[Stretch], outer: Array | None, shard: ShardWriter) -> None:
-        """Read, quantize and write; ``outer`` has a scale for each weight of the job."""
-        out = _Out(shard)
+    def quantize(self, work: list[Stretch], outer: Array | None, sink: Sink) -> None:
+        """Read, quantize and write; ``outer`` has a scale for each weight of the work."""
+        out = Out(sink)
         for slab in chain.from_iterable(map(slabs, work)):
             above = None
             if outer is not None:
@@ -91,11 +101,11 @@ class Worker:
             else:
                 self._quantize_slab(slab, above, out)
             if slab.first == 0:
-                _put_small(slab, above, shard)
+                _put_small(slab, above, sink.writer)
             self._progress(_bytes_read(slab), slab.head.name)
         out.flush()
 
-    def _quantize_slab(self, slab: Slab, above: Array | None, out: _Out) -> None:
+    def _quantize_slab(self, slab: Slab, above: Array | None, out: Out) -> None:
         scheme, layout, width = slab.weights.scheme, slab.layout, slab.width
         x = self._read(slab).reshape(-1, width)
         if above is not None:
@@ -111,30 +121,44 @@ class Worker:
                 continue
             size = shape[0] * shape[1] * dtype.itemsize
             parts[role] = out.reserve(slab, e, start, size).view(dtype).reshape(shape)
-        with _telling(slab, width):
+        with telling(slab, width):
             q = self._kernels.quantize(
-                x, scheme, packing, numerics=self._numerics, outer=above, out=Quantized(**parts)
+                x,
+                scheme,
+                packing,
+                numerics=slab.weights.target.numerics,
+                outer=above,
+                out=Quantized(**parts),
             )
-        if self._quality is not None:
-            self._measure(slab, x, q, packing, above, self._quality)
+        if out.tally.quality is not None:
+            self._measure(slab, x, q, packing, above, out.tally.quality)
         for e, start in entries.values():
             if not e.direct:
-                data = slab.weights.target.format.pack(e.role, q, layout, scheme)
+                with telling(slab, width):
+                    data = slab.weights.target.format.pack(e.role, q, layout, scheme)
                 out.put(slab, e, start, data)
 
-    def _repack_slab(self, slab: Slab, out: _Out) -> Array | None:
+    def _repack_slab(self, slab: Slab, out: Out) -> Array | None:
         """Write the codes of the source in another arrangement; returns their divisor."""
         s = slab.stored
         q = read_rows(self._source, s, slab.first, int(slab.ends[0]) // slab.layout.cols)
-        q = self._with_scale_of(slab, q)
+        lost = q.zero_point is None and not (s.scheme.symmetric or s.scheme.inverse)
+        if q.bias is not None and lost:
+            raise StreamqError(
+                f"tensor {slab.head.name!r} has a bias that is no zero point times its scale, "
+                f"which the format {slab.weights.target.format.name} cannot hold; --requantize "
+                "does not help, convert it to floats with -s bf16 first."
+            )
+        q = self._with_scale_of(slab, q, out.tally)
         if q.zero_point is None and not slab.weights.scheme.symmetric:
             q = replace(q, zero_point=np.zeros(q.scale.shape, np.int8))
         for e, start in _placed(slab):
-            data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
+            with telling(slab, slab.layout.cols):
+                data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
             out.put(slab, e, start, data)
         return q.global_scale
 
-    def _with_scale_of(self, slab: Slab, q: Quantized) -> Quantized:
+    def _with_scale_of(self, slab: Slab, q: Quantized, tally: Tally) -> Quantized:
         """Codes with scales in the dtype of the output."""
         tag = slab.layout.entry("scale").dtype
         dtype = DTYPES[tag].numpy
@@ -149,10 +173,10 @@ class Worker:
                     f"tensor {slab.head.name!r}: a scale is beyond the range of {tag}, which the "
                     f"format {slab.weights.target.format.name} stores."
                 )
-            self._rounded(int(changed.sum()))
+            tally.round(int(changed.sum()))
         return replace(q, scale=scale)
 
-    def _cast_slab(self, slab: Slab, out: _Out) -> None:
+    def _cast_slab(self, slab: Slab, out: Out) -> None:
         """Write values as they are, rounded to a float dtype."""
         ((e, start),) = _placed(slab)
         x = self._read(slab)
@@ -203,10 +227,37 @@ class Worker:
             return values.reshape(-1)
         dtype = slab.weights.numpy
         nbytes = int(slab.ends[-1]) * dtype.itemsize
+        for file, start, held in self._held:
+            begin = slab.start - start
+            if file == slab.head.file and begin >= 0 and begin + nbytes <= len(held):
+                return held[begin : begin + nbytes].view(dtype)
         part = self._arena[:nbytes]
         assert len(part) == nbytes, "a slab larger than the plan's slab_memory"
         self._source.pread(slab.head.file, slab.start, part.data)
         return part.view(dtype)
+
+
+def _span(rows: Stretch) -> tuple[str, int, int]:
+    """File, first byte and the byte behind the last that a stretch reads."""
+    weights, first = rows.weights, int(rows.members[0])
+    itemsize = weights.numpy.itemsize
+    layout = weights.layouts[int(weights.kind[first])]
+    start = int(weights.places[first, 1]) + rows.first * layout.cols * itemsize
+    return weights.sources[first].file, start, start + int(rows.ends[-1]) * itemsize
+
+
+def _joined(spans: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Spans without what they have in common: overlapping and neighbouring ones become one."""
+    last: tuple[str, int, int] | None = None
+    for file, start, end in sorted(spans):
+        if last is not None and file == last[0] and start <= last[2]:
+            last = file, last[1], max(end, last[2])
+            continue
+        if last is not None:
+            yield last
+        last = file, start, end
+    if last is not None:
+        yield last
 
 
 def _placed(slab: Slab) -> Iterator[tuple[Entry, int]]:
@@ -226,33 +277,6 @@ def _bytes_read(slab: Slab) -> int:
     return nbytes * (done + numel) // total - nbytes * done // total
 
 
-class _Out:
-    """The boxes of one job, by role."""
-
-    def __init__(self, shard: ShardWriter) -> None:
-        self._boxes: defaultdict[Role, Outbox] = defaultdict(lambda: Outbox(shard))
-        self._strips: defaultdict[Role, Strip] = defaultdict(lambda: Strip(shard))
-
-    def reserve(self, slab: Slab, e: Entry, start: int, size: int) -> Array:
-        """Room for what the rows of a slab become in a row-major tensor."""
-        return self._boxes[e.role].reserve(start + slab.first // e.rows * e.nbytes, size)
-
-    def put(self, slab: Slab, e: Entry, start: int, data: Array) -> None:
-        """What the rows of a slab became."""
-        if e.lines > 1:
-            self._strips[e.role].put(e, start, slab.first // e.rows * e.nbytes, data)
-            return
-        raw = data.view(np.uint8).reshape(-1)
-        self.reserve(slab, e, start, len(raw))[:] = raw
-
-    def flush(self) -> None:
-        """Write what is left."""
-        for box in self._boxes.values():
-            box.flush()
-        for strip in self._strips.values():
-            strip.flush()
-
-
 def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
     weights = slab.weights
@@ -266,33 +290,3 @@ def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
             values = [layout.entries[i].value for layout in weights.layouts]
             kinds = weights.kind[slab.members].tolist()
             shard.put_small(start, b"".join([values[k] for k in kinds]))
-
-
-class _telling:
-    """Gives a NonFiniteError the name of the tensor and the place in it."""
-
-    def __init__(self, slab: Slab, width: int) -> None:
-        self._slab = slab
-        self._width = width
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, NonFiniteError):
-            return
-        slab = self._slab
-        at = error.row * self._width + error.col
-        number = int(np.searchsorted(slab.ends, at, "right"))
-        t = slab.weights.sources[slab.members[number]]
-        cols = slab.weights.layouts[int(slab.weights.kind[slab.members[number]])].cols
-        row, col = divmod(at - (int(slab.ends[number - 1]) if number else 0), cols)
-        row += slab.first
-        if error.what == "scale":
-            raise StreamqError(
-                f"tensor {t.name!r}: the scale of group {col} in row {row} is not "
-                "finite in its dtype; leave this tensor unquantized with --ignore."
-            ) from None
-        raise StreamqError(
-            f"tensor {t.name!r} in {t.file}: row {row}, column {col} is NaN or Inf; "
-            "the checkpoint is damaged, or leave this tensor unquantized with --ignore."
-        ) from None

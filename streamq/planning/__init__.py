@@ -42,6 +42,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     """Decide everything. Raises PlanError, naming the tensor, for what cannot be done."""
     fmt = options.format or default_format(options.scheme)
     options = replace(options, format=fmt, scheme=fmt.concrete(options.scheme))
+    if options.scheme.inverse and options.numerics != "f32":
+        raise PlanError(
+            f"--numerics {options.numerics} does not apply to the format {fmt.name}: its rule is "
+            "one of f32."
+        )
     family = Family(source.config)
     stored = find_stored(source)
     tensors = _as_weights(source, stored)
@@ -80,9 +85,7 @@ def _as_weights(source: Checkpoint, stored: dict[str, Stored]) -> list[TensorInf
         return list(source.tensors.values())
     parts = {t.name for s in stored.values() for t in s.tensors.values()}
     weights = {
-        s.codes.name: TensorInfo(
-            s.name, "F32", (s.layout.rows, s.layout.cols), s.codes.file, s.codes.start
-        )
+        s.codes.name: TensorInfo(s.name, "F32", s.shape, s.codes.file, s.codes.start)
         for s in stored.values()
     }
     return [

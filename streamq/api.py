@@ -1,0 +1,111 @@
+"""The verbs of the command line for Python. Heavy imports wait until one of them is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from streamq.errors import PlanError
+
+if TYPE_CHECKING:
+    from streamq.converting import Settings, Summary
+    from streamq.planning import Options, Plan
+    from streamq.stored import Tensors
+    from streamq.verifying import Report
+
+Path = str | os.PathLike[str]
+
+
+def options(
+    scheme: str,
+    *,
+    format: str | None = None,
+    group_size: int | None = None,
+    scales: str = "absmax",
+    ignore: Iterable[str] = (),
+    only: Iterable[str] = (),
+    numerics: str = "f32",
+    input_scale: float = 1.0,
+    shard_size: int | None = None,
+    requantize: bool = False,
+    **of_format: Any,
+) -> Options:
+    """What a conversion should do, as the options of the command line spell it.
+
+    ``scheme``: a preset such as "nvfp4a16", or "bf16". ``format``: see ``streamq formats``.
+    ``shard_size``: bytes. Raises PlanError for what is not known or does not fit together.
+    """
+    from streamq.formats import named
+    from streamq.planning import Options
+    from streamq.schemes import resolve
+
+    if not (isfinite(input_scale) and input_scale > 0):
+        raise PlanError(f"--input-scale must be above zero, got {input_scale}.")
+    for name, value, known in (
+        ("--scales", scales, ("absmax", "search")), ("--numerics", numerics, ("f32", "weight")),
+    ):  # fmt: skip
+        if value not in known:
+            raise PlanError(f"{name} must be {' or '.join(known)}, got {value!r}.")
+    given = {k: v for k, v in of_format.items() if v is not None}
+    if given and format is None:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise PlanError(f"{option} needs a --format that has it.")
+    chosen = replace(resolve(scheme, group_size), scales=scales)  # type: ignore[arg-type]
+    return Options(
+        chosen, tuple(ignore), tuple(only), numerics, shard_size, input_scale,  # type: ignore[arg-type]
+        named(format, **given) if format else None, requantize,
+    )  # fmt: skip
+
+
+def plan(src: Path, scheme: str, **how: Any) -> Plan:
+    """What a conversion of the checkpoint ``src`` would do; see ``options`` for ``how``.
+
+    Reads headers only. Raises StreamqError, naming the tensor, for what cannot be done.
+    """
+    from streamq.checkpoint import open_checkpoint
+    from streamq.planning import make_plan
+
+    with open_checkpoint(src) as source:
+        return make_plan(source, options(scheme, **how))
+
+
+def convert(
+    src: Path, dst: Path, scheme: str, *, settings: Settings | None = None, **how: Any
+) -> Summary:
+    """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
+
+    Raises StreamqError; ``dst`` is then as it was.
+    """
+    from streamq.checkpoint import open_checkpoint
+    from streamq.converting import Settings
+    from streamq.converting import convert as run
+    from streamq.planning import make_plan, refuse_overlap
+
+    refuse_overlap(src, dst)
+    with open_checkpoint(src) as source:
+        return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
+
+
+def verify(dst: Path, source: Path | None = None) -> Report:
+    """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``."""
+    from contextlib import nullcontext
+
+    from streamq.checkpoint import open_checkpoint
+    from streamq.verifying import verify as run
+
+    with open_checkpoint(source) if source is not None else nullcontext() as original:
+        return run(dst, original)
+
+
+def open(path: Path) -> Tensors:
+    """The tensors of a checkpoint, a mapping from names to arrays, read when looked at.
+
+    Quantized weights come dequantized, f32 ``[rows, cols]``, under the names they had; the
+    rest as it is stored: ``for name, array in streamq.open(path).items(): ...``.
+    """
+    from streamq.stored import open_tensors
+
+    return open_tensors(path)

@@ -1,0 +1,135 @@
+"""The commands that plan and convert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from .group import cli
+from .options import options_of, scheme_options, settings_of
+
+
+class Wanted(NamedTuple):
+    """One output: scheme, format if one is named, directory if there is one."""
+
+    scheme: str
+    format: str | None
+    dst: str | None
+
+
+def _wanted(dst: str | None, o: dict[str, Any]) -> list[Wanted]:
+    """The outputs of a command line: DST with --scheme, or every --to."""
+    if not o["to"]:
+        if not o["scheme"]:
+            raise click.UsageError("Missing option '--scheme' / '-s'.")
+        return [Wanted(o["scheme"], None, dst)]
+    if dst is not None or o["scheme"]:
+        raise click.UsageError("--to names schemes and directories; DST and --scheme go without.")
+    found = []
+    for text in o["to"]:
+        what, _, folder = text.partition(":")
+        fmt, _, scheme = what.rpartition("/")
+        if not scheme or not folder:
+            raise click.BadParameter(
+                f"{text!r} is not [FORMAT/]SCHEME:DST, such as nvfp4:out or awq/w4a16_asym:out",
+                param_hint="--to",
+            )
+        found.append(Wanted(scheme, fmt or None, folder))
+    folders = [str(Path(w.dst or "").resolve()) for w in found]
+    if len(set(folders)) < len(folders):
+        raise click.BadParameter("two outputs in one directory", param_hint="--to")
+    return found
+
+
+_to = click.option(
+    "--to", multiple=True, metavar="[FORMAT/]SCHEME:DST",
+    help="Several outputs from one pass over SRC, instead of DST and --scheme. Repeatable.",
+)  # fmt: skip
+
+
+@cli.command()
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path(), required=False)
+@scheme_options
+@_to
+def plan(src: str, dst: str | None, **o: Any) -> None:
+    """Show what a conversion of SRC would do, without writing anything.
+
+    With DST, its disk is compared with what the output needs.
+    """
+    _plan(src, _wanted(dst, o), o)
+
+
+def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
+    from streamq import show
+    from streamq.checkpoint import open_checkpoint
+    from streamq.converting import Output, workers_of
+    from streamq.planning import make_plan
+    from streamq.writer import free_bytes
+
+    with open_checkpoint(src) as source:
+        outputs = [Output(make_plan(source, options_of(o, w.scheme, w.format)), Path(w.dst or ""))
+                   for w in wanted]  # fmt: skip
+        workers = workers_of(outputs, settings_of(o))
+        free = [free_bytes(Path(w.dst)) if w.dst else None for w in wanted]
+    if o["as_json"]:
+        plans = [show.plan_json(x.plan, workers, f) for x, f in zip(outputs, free, strict=True)]
+        click.echo(json.dumps(plans if o["to"] else plans[0], indent=2))
+        return
+    for output, f in zip(outputs, free, strict=True):
+        show.show_plan(output.plan, workers, f)
+
+
+@cli.command()
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path(), required=False)
+@scheme_options
+@_to
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
+@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
+@click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
+@click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+def convert(src: str, dst: str | None, **o: Any) -> None:
+    """Quantize the checkpoint SRC into the new directory DST.
+
+    SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
+    already. DST appears when it is complete; until then the work is in DST.partial.
+    """
+    from streamq import show
+    from streamq.checkpoint import open_checkpoint
+    from streamq.converting import Output, check_outputs, convert_all, workers_of
+    from streamq.planning import make_plan, refuse_overlap
+    from streamq.progress import progress
+
+    wanted = _wanted(dst, o)
+    if dst is None and not o["to"] and not o["dry_run"]:
+        raise click.UsageError("Missing argument 'DST'.")
+    if o["dry_run"]:
+        _plan(src, wanted, o)
+        return
+    say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    for w in wanted:
+        refuse_overlap(src, w.dst or "")
+    with open_checkpoint(src) as source:
+        outputs = [Output(make_plan(source, options_of(o, w.scheme, w.format)), Path(w.dst or ""))
+                   for w in wanted]  # fmt: skip
+        workers = workers_of(outputs, settings_of(o))
+        free = check_outputs(outputs, o["overwrite"])
+        for output in outputs:
+            for line in show.plan_lines(output.plan, workers, free):
+                say(line)
+        total = sum(output.plan.bytes_in for output in outputs)
+        with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
+            summaries = convert_all(source, outputs, settings_of(o, advance, say))
+    done = list(zip(outputs, summaries, strict=True))
+    if o["as_json"]:
+        made = [show.summary_json(output, summary) for output, summary in done]
+        click.echo(json.dumps(made if o["to"] else made[0]))
+    for output, summary in done:
+        for line in show.summary_lines(output, summary):
+            say(line)

@@ -1,0 +1,58 @@
+"""The group of commands: expected failures become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from streamq.errors import StreamqError
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns expected failures into one sentence and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; 1 for an error, 3 for a failed verification, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except StreamqError as e:
+            _tell(f"Error: {e}", e)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt as e:
+            _tell("Interrupted.", e)
+            sys.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except OSError as e:
+            _tell(f"Error: {e.filename or 'standard output'}: {e.strerror}.", e)
+            sys.exit(1)
+        except Exception as e:
+            if os.environ.get("STREAMQ_DEBUG"):
+                raise
+            click.echo(
+                f"Error: {type(e).__name__}: {e}. This is a bug in streamq; please report it with "
+                "the output of the same command under STREAMQ_DEBUG=1.",
+                err=True,
+            )
+            sys.exit(1)
+
+
+def _tell(text: str, error: BaseException) -> None:
+    """A failure on stderr, with what was noted about the state it left."""
+    for line in (text, *getattr(error, "__notes__", ())):
+        click.echo(line, err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="streamq")
+def cli() -> None:
+    """Quantize checkpoints of any size without building the model.
+
+    \b
+    Exit codes: 0 done, 1 error, 2 wrong usage, 3 verification failed, 130 interrupted.
+    """

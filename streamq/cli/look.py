@@ -1,0 +1,81 @@
+"""Commands that read only: formats, inspect, verify."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from streamq.errors import VerifyError
+
+from .group import cli
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def formats(as_json: bool) -> None:
+    """List the formats, who loads them, and the schemes they hold."""
+    from streamq import show
+
+    if as_json:
+        click.echo(json.dumps(show.formats_json(), indent=2))
+    else:
+        show.show_formats()
+
+
+@cli.command()
+@click.argument("src", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(src: str, as_json: bool) -> None:
+    """Show what the checkpoint SRC is: tensors, dtypes, sizes, fused groups, oddities."""
+    from streamq import show
+    from streamq.checkpoint import open_checkpoint
+
+    with open_checkpoint(src) as checkpoint:
+        if as_json:
+            click.echo(json.dumps(show.inspect_json(checkpoint), indent=2))
+        else:
+            show.show_inspect(checkpoint)
+
+
+@cli.command()
+@click.argument("dst", type=click.Path())
+@click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
+def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
+    """Check the quantized checkpoint DST; with --source, every element of it.
+
+    Exit code 3 if anything fails.
+    """
+    from contextlib import nullcontext
+
+    from streamq import show
+    from streamq.checkpoint import open_checkpoint
+    from streamq.converting import default_workers
+    from streamq.progress import progress
+    from streamq.verifying import verify as run
+
+    with open_checkpoint(source) if source else nullcontext() as original:
+        total = original.nbytes if original else 0
+        with progress(total, "verifying", quiet or as_json or not original) as advance:
+            report = run(dst, original, workers=default_workers(), progress=advance)
+    if as_json:
+        click.echo(json.dumps({
+            "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
+            "quantized": report.quantized, "failures": report.failures,
+            **show.quality_json(report.quality),
+        }))  # fmt: skip
+    elif not report.failures and not quiet:
+        click.echo(
+            f"{dst}: ok; {report.tensors} tensors, {report.quantized} weights in {report.scheme}"
+        )
+        if source:
+            click.echo("every element within its bound")
+            for line in show.quality_lines(report.quality):
+                click.echo(line)
+    if report.failures:
+        for failure in report.failures:
+            click.echo(f"failed: {failure}", err=True)
+        n = len(report.failures)
+        raise VerifyError(f"{dst}: {n} {'check' if n == 1 else 'checks'} failed.")

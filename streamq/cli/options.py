@@ -1,0 +1,97 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes from a number with a unit: 512MiB, 5GB, 1.5GiB. Anything else is wrong usage."""
+    if value is None:
+        return None
+    text = value.strip().lower().removesuffix("b")
+    number = text.rstrip("kmgti")
+    try:
+        size = float(number) * _UNITS[text[len(number) :]]
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"{value!r} is not a size like 512MiB or 5GB") from None
+    if not 1 <= size < 2**63:
+        raise click.BadParameter(f"{value!r} is out of range")
+    return int(size)
+
+
+def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What decides the bytes of the output: the same options for plan and convert."""
+    for option in reversed([
+        click.option("--scheme", "-s", metavar="NAME",
+                     help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
+                          "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
+        click.option("--format", "-f", "format_", metavar="NAME",
+                     help="What loaders it is for; `streamq formats` lists them "
+                          "(default: compressed-tensors)."),
+        click.option("--scale-fmt", type=click.Choice(["ue8m0"]),
+                     help="Scales that are powers of two, for the format fp8."),
+        click.option("--group-size", type=int, metavar="N",
+                     help="Columns that share a scale, for integer group schemes (default 128; "
+                          "-1: whole rows)."),
+        click.option("--group-dim", type=click.IntRange(0, 1), metavar="0|1",
+                     help="Axis that groups run along, for the format group (default 1)."),
+        click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
+                     show_default=True,
+                     help="From the largest magnitude, or searched for the least error."),
+        click.option("--requantize", is_flag=True,
+                     help="Also convert weights that are quantized to another scheme already."),
+        click.option("--ignore", multiple=True, metavar="PATTERN",
+                     help="Leave these modules as they are; a glob, or re:REGEX. Repeatable."),
+        click.option("--only", multiple=True, metavar="PATTERN",
+                     help="Quantize only these modules; a glob, or re:REGEX. Repeatable."),
+        click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
+                     show_default=True,
+                     help="Arithmetic in f32, or in the weight's dtype as llm-compressor does."),
+        click.option("--input-scale", type=float, default=1.0, show_default=True, metavar="X",
+                     help="The constant input_global_scale of NVFP4 (2688 / largest activation)."),
+        click.option("--shard-size", callback=size, metavar="SIZE",
+                     help="Largest output shard (default: as many shards as the source)."),
+        click.option("--workers", "-j", type=click.IntRange(1, 256), metavar="N",
+                     help="Threads (default: the processors)."),
+        click.option("--max-memory", callback=size, default="512MiB", show_default=True,
+                     metavar="SIZE", help="Buffers of all workers together."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+#: Options that formats have of their own.
+FORMAT_OPTIONS = ("scale_fmt", "group_dim")
+
+
+def options_of(o: dict[str, Any], scheme: str, fmt: str | None = None) -> Any:
+    """The planner's Options of a command line, for one scheme and format."""
+    from streamq.api import options
+    from streamq.schemes import has_groups
+
+    names = ("group_size", "scales", "ignore", "only", "numerics", "input_scale", "shard_size",
+             "requantize")  # fmt: skip
+    if o["to"] and not has_groups(scheme):
+        o = {**o, "group_size": None}  # for those of several outputs that have groups
+    return options(
+        scheme, format=fmt or o["format_"], **{k: o[k] for k in names},
+        **{k: o[k] for k in FORMAT_OPTIONS if k in o},
+    )  # fmt: skip
+
+
+def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> Any:
+    """The Settings of a command line."""
+    from streamq.converting import Settings
+
+    return Settings(
+        o["workers"], o["max_memory"], not o.get("no_sync", False), o.get("overwrite", False),
+        o.get("stats", False), progress, notify,
+    )  # fmt: skip

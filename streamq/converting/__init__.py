@@ -1,0 +1,188 @@
+"""Carry out plans: N workers, each with its own buffers; DST appears at the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.planning import MAX_MEMORY, Plan
+from streamq.quality import Quality
+from streamq.schemes import BYTES
+from streamq.writer import Destination, check_destination, same_disk
+
+from .jobs import JOB
+from .run import Run
+from .worker import Progress
+
+__all__ = ["Output", "Progress", "Settings", "Summary", "convert", "convert_all", "default_workers"]
+
+INDEX = "model.safetensors.index.json"
+
+#: Kernels that are in the cache on disk load in well under this; compiling takes longer.
+SLOW_START = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How plans are carried out; no byte of an output depends on it.
+
+    ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
+    all workers. ``sync``: flush to disk before an output appears. ``overwrite``: replace
+    what is there, once the new one is complete. ``stats``: measure what the weights lose.
+    ``progress``: see ``Progress``. ``notify``: told sentences for people.
+    """
+
+    workers: int | None = None
+    max_memory: int = MAX_MEMORY
+    sync: bool = True
+    overwrite: bool = False
+    stats: bool = False
+    progress: Progress | None = None
+    notify: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A plan and the directory that it is carried out to."""
+
+    plan: Plan
+    dst: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a conversion did; ``rounded`` scales of the source were not exact in the output."""
+
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    workers: int
+    backend: str
+    quality: Quality | None
+    rounded: int
+
+
+def default_workers() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def convert(
+    source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
+) -> Summary:
+    """Write the checkpoint that ``plan`` describes to the directory ``dst``."""
+    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings)
+    return summary
+
+
+def convert_all(
+    source: Checkpoint, outputs: list[Output], settings: Settings = Settings()
+) -> list[Summary]:
+    """Carry out several plans for one source, which is read once.
+
+    Raises StreamqError; what is incomplete then stays in ``dst.partial`` for the next run
+    to replace, and notes on the exception say so.
+    """
+    began = time.perf_counter()
+    workers = workers_of(outputs, settings)
+    check_outputs(outputs, settings.overwrite)
+    targets = [Destination(o.dst, settings.overwrite, settings.sync) for o in outputs]
+    progress = settings.progress or (lambda n, name: None)
+    try:
+        for target in targets:
+            target.begin()
+        work = [(o.plan, t) for o, t in zip(outputs, targets, strict=True) if not o.plan.verbatim]
+        run = Run(source, work, workers, progress, settings.stats)
+        backend = run.run(lambda: _load_kernels([plan for plan, _ in work], settings)).NAME
+        for output, target in zip(outputs, targets, strict=True):
+            _finish(source, output.plan, target, progress)
+        for target in targets:
+            target.commit()
+    except BaseException as e:
+        for target in targets:
+            if target.partial.exists():
+                e.add_note(
+                    f"{target.dst} was not written; {target.partial} stays, the next run "
+                    "replaces it."
+                )
+        raise
+    finally:
+        for target in targets:
+            target.sync.close()
+    seconds = time.perf_counter() - began
+    measured = iter(run.measured)
+    summaries = []
+    for plan in (o.plan for o in outputs):
+        said = ("copied", None, 0) if plan.verbatim else (backend, *next(measured))
+        summaries.append(Summary(plan.bytes_in, plan.bytes_out, seconds, workers, *said))
+    return summaries
+
+
+def workers_of(outputs: list[Output], settings: Settings) -> int:
+    """As many threads as memory allows; with several outputs each holds what it reads.
+
+    Raises PlanError where not even one fits.
+    """
+    wanted = settings.workers or default_workers()
+    held = JOB if len(outputs) > 1 else 0
+    return min(o.plan.workers_within(wanted, settings.max_memory, held) for o in outputs)
+
+
+def check_outputs(outputs: list[Output], overwrite: bool) -> int:
+    """Everything about the destinations that can be known before writing.
+
+    Returns the free bytes of the first. Raises WriteError; those on one disk share it.
+    """
+    free = []
+    for o in outputs:
+        together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
+        free.append(check_destination(o.dst, together, overwrite))
+    return free[0]
+
+
+def _finish(source: Checkpoint, plan: Plan, target: Destination, progress: Progress) -> None:
+    """All files but the shards; all files at all of a source that is what is wanted."""
+    if plan.verbatim:
+        index = [INDEX] if (source.root / INDEX).is_file() else []
+        for name in [*source.others, *index, *source.files]:
+            target.copy_file(source.root / name, name)
+            progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
+        return
+    for name in plan.others:
+        if name != CONFIG and name not in plan.files:
+            target.copy_file(source.root / name, name)
+    if len(plan.shards) > 1:
+        target.write_text(INDEX, plan.index())
+    for name, value in {**plan.files, CONFIG: plan.config}.items():
+        target.write_json(name, value)
+
+
+def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
+    """Compile the kernels, or load them from the cache, before any thread needs them.
+
+    Imported here and not above: numba takes 0.2 s, in which other threads already copy.
+    """
+    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
+    say = settings.notify or (lambda line: None)
+    timer = threading.Timer(SLOW_START, lambda: say(text))
+    timer.daemon = True
+    timer.start()
+    try:
+        from streamq.kernels import cpu
+
+        for target, packing, dtype in {
+            (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
+            for plan in plans
+            for shard in plan.shards for w in shard.weights for layout in w.layouts
+            if w.target.origin != "codes" and not w.scheme.is_float
+        }:  # fmt: skip
+            cpu.warm_up(target.scheme, packing, dtype, target.numerics, settings.stats)
+    finally:
+        timer.cancel()
+    return cpu

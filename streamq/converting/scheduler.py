@@ -1,0 +1,84 @@
+"""Who does which job.
+
+A worker stays with one output file as long as that has work, because two writers on one
+inode wait for each other (5.9 against 10.3 GB/s).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from streamq.planning import ShardPlan
+
+from .jobs import CopyRun, Job, jobs_of
+
+
+class Scheduler:
+    """Hands out jobs; knows when a shard has none left.
+
+    A job waits with the first shard that it writes to.
+    """
+
+    def __init__(self, outputs: list[list[ShardPlan]]) -> None:
+        count = sum(map(len, outputs))
+        self._ready: list[deque[Job]] = [deque() for _ in range(count)]
+        self._left = [0] * count
+        for job in jobs_of(outputs):
+            self._ready[job.shards[0]].append(job)
+            self._count(job, 1)
+        self._homes: dict[int, int] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def _count(self, job: Job, by: int) -> None:
+        for shard in set(job.shards):
+            self._left[shard] += by
+
+    def next(self, worker: int, copies_only: bool = False) -> Job | None:
+        """The next job for a worker, waiting for one if need be; None at the end.
+
+        With ``copies_only``, None as soon as no copy is left.
+        """
+        with self._changed:
+            while not self._stopped and any(self._left):
+                home = self._homes.get(worker, -1)
+                if home < 0 or not self._has(home, copies_only):
+                    home = self._choose(worker, copies_only)
+                if home >= 0:
+                    self._homes[worker] = home
+                    return self._ready[home].popleft()
+                if copies_only:
+                    return None
+                self._changed.wait()
+            return None
+
+    def done(self, job: Job, released: list[Job]) -> list[int]:
+        """Note that a job is done and what it released; returns the shards that are complete."""
+        with self._changed:
+            for new in reversed(released):
+                self._ready[new.shards[0]].appendleft(new)
+                self._count(new, 1)
+            self._count(job, -1)
+            self._changed.notify_all()
+            return [shard for shard in set(job.shards) if self._left[shard] == 0]
+
+    def stop(self) -> None:
+        """Let all workers come home."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _has(self, shard: int, copies_only: bool) -> bool:
+        """Whether a shard has a job ready; its copies come first."""
+        ready = self._ready[shard]
+        return bool(ready) and not (copies_only and not isinstance(ready[0], CopyRun))
+
+    def _choose(self, worker: int, copies_only: bool) -> int:
+        """A shard with work: the first that nobody is at, else the one with the most jobs."""
+        taken = {home for w, home in self._homes.items() if w != worker}
+        open_shards = [i for i in range(len(self._ready)) if self._has(i, copies_only)]
+        free = [i for i in open_shards if i not in taken]
+        if free:
+            return free[0]
+        return max(open_shards, key=lambda i: len(self._ready[i]), default=-1)

@@ -1,0 +1,208 @@
+"""MLX: what mlx-lm writes and loads; a value is ``code * scale + bias``, or MX and NVFP4.
+
+Facts are those of mlx 0.32 and mlx-lm 0.32. Which modules are quantized is told by the
+presence of their ``scales``; an entry of a module's name in the config comes before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from streamq.errors import CheckpointError, NonFiniteError, PlanError
+from streamq.kernels.reference import E4M3
+from streamq.schemes import BYTES, SCHEMES, Packing, Quantized, Scheme
+from streamq.tensors import TensorInfo
+
+from .base import Array, Format, Read, Rules, integer, quantization_of, scale_tag
+from .layout import Layout, Role, make_layout, rows_entry
+
+#: Bits and group sizes that mlx has kernels for.
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+
+#: Presets of the other modes, with their bits and group size.
+_MODES = {"mxfp4": ("MXFP4A16", 4, 32), "mxfp8": ("MXFP8A16", 8, 32), "nvfp4": ("NVFP4A16", 4, 16)}
+_MODE_OF = {preset: mode for mode, (preset, _, _) in _MODES.items()}
+
+
+class Mlx(Format):
+    """``weight`` as U32 words, ``scales`` and, for integers, ``biases``.
+
+    A bias is the zero point times the scale, rounded to their dtype. Of 8 bits only the
+    symmetric preset is held, because a bf16 bias cannot tell zero points above 128 apart.
+    """
+
+    name = method = "mlx"
+    loaders = "mlx-lm"
+    presets = (
+        *(f"W{b}A16_ASYM" for b in (4, 2, 3, 5, 6)), *(f"W{b}A16" for b in BITS), *_MODE_OF,
+    )  # fmt: skip
+    code_suffixes = ("weight",)
+    other_suffixes = ("scales", "biases")
+    scale_suffix = "scales"
+    mixes = True
+
+    def concrete(self, scheme: Scheme) -> Scheme:
+        """See ``Format.concrete``. NVFP4 has no global scale here."""
+        scheme = super().concrete(scheme)
+        if scheme.element == "int" and scheme.block[1] not in GROUPS:
+            raise PlanError("the format mlx needs a --group-size of 32, 64 or 128.")
+        return replace(scheme, two_level=False)
+
+    def layout(
+        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
+    ) -> Layout:
+        """See ``Format.layout``."""
+        return _layout(rows, cols, dtype, scheme)
+
+    def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
+        """See ``Format.pack``. Raises NonFiniteError for a bias that is beyond its dtype."""
+        if role != "bias":
+            return super().pack(role, q, layout, scheme)
+        half = np.float32(1 << (scheme.bits - 1))
+        zero = half if q.zero_point is None else q.zero_point + half
+        bias = _bias(zero, q.scale)
+        good = np.isfinite(bias.astype(np.float32))
+        if not good.all():
+            row, group = np.argwhere(~good)[0]
+            raise NonFiniteError("bias", int(row), int(group))
+        return bias
+
+    def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
+        """See ``Format.unpack``.
+
+        The bias is kept, because ``mlx_lm.convert`` has the largest weight of a group for one
+        and a scale of either sign. There is a zero point too where every bias is one that
+        ``pack`` makes.
+        """
+        q = super().unpack(arrays, layout, scheme)
+        if scheme.element != "int":
+            return replace(q, scale=q.scale.view(E4M3)) if scheme.scale == "e4m3" else q
+        scale, bias = q.scale.astype(np.float32), arrays["bias"].astype(np.float32)
+        half = 1 << (scheme.bits - 1)
+        with np.errstate(all="ignore"):
+            zero = np.rint(-bias / scale)
+            exact = (_bias(zero, q.scale).astype(np.float32) == bias) & (zero >= 0)
+        exact &= zero == half if scheme.symmetric else zero < 2 * half
+        zero_point = None
+        if scheme.symmetric:
+            if not exact.all():
+                raise CheckpointError(
+                    "its biases are not those of symmetric codes, which config.json says it has"
+                )
+        elif exact.all():
+            zero_point = (zero - half).astype(np.int8)
+        return replace(q, zero_point=zero_point, bias=bias)
+
+    def shape_of(
+        self, name: str, found: Mapping[str, TensorInfo], scheme: Scheme, read: Read
+    ) -> tuple[int, int]:
+        """See ``Format.shape_of``."""
+        shape = found["weight"].shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{name + '.weight'!r} of shape {list(shape)} holds the experts of a layer in one, "
+                "which streamq cannot split yet."
+            )
+        return shape[0], shape[1] * 32 // scheme.bits
+
+    def config(
+        self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The scheme of most modules, and by name those of the others; false for ``ignore``.
+
+        Which are symmetric is said in ``quantization_config`` alone: mlx-lm does not look at it,
+        and calls ``to_quantized`` with every key of a module in ``quantization``.
+        """
+        most, *others = sorted(schemes, key=lambda scheme: -len(schemes[scheme]))
+        entries: list[dict[str, Any]] = []
+        for marked in (False, True):
+            entry = _entry(most, marked)
+            for scheme in others:
+                entry |= {module: _entry(scheme, marked) for module in schemes[scheme]}
+            entries.append(entry | dict.fromkeys(ignore, False))
+        return {**config, "quantization": entries[0], "quantization_config": entries[1]}
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """See ``Format.reads``; other writers name a quant_method."""
+        quantization, _ = _said(config)
+        return "quant_method" not in quantization and {"bits", "group_size"} <= quantization.keys()
+
+    def rules(self, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
+        """See ``Format.rules``."""
+        quantization, marked = _said(config)
+        default = _scheme_of(quantization, marked)
+        named = {}
+        for module, entry in quantization.items():
+            if isinstance(entry, dict):
+                named[module] = _scheme_of(entry, marked.get(module))
+            elif entry is None or isinstance(entry, bool):
+                named[module] = default if entry else None
+        ignore = [module for module, scheme in named.items() if scheme is None]
+        return (lambda module: named.get(module, default)), ignore
+
+
+@cache
+def _layout(rows: int, cols: int, dtype: str, scheme: Scheme) -> Layout:
+    shape = scheme.scale_shape(rows, cols)
+    packing = Packing("words", scheme.bits)
+    tag = "U8"
+    if scheme.element != "int":
+        packing = Packing("nibbles", 4) if scheme.element == "e2m1" else BYTES
+    else:
+        tag = scale_tag(scheme, dtype)
+    words = packing.row_bytes(cols) // 4
+    entries = [
+        rows_entry("weight", "codes", "U32", (rows, words), 1),
+        rows_entry("scales", "scale", tag, shape, 1),
+    ]
+    if scheme.element == "int":
+        entries.append(rows_entry("biases", "bias", tag, shape, 1, direct=False))
+    return make_layout(rows, cols, dtype, entries, scheme.block_of(rows, cols), packing)
+
+
+def _bias(zero: Any, scale: Array) -> Array:
+    """``-zero * scale`` rounded to the dtype of the scale; ``zero`` f32, of an unsigned code."""
+    with np.errstate(over="ignore"):
+        bias: Array = (np.float32(0) - zero * scale.astype(np.float32)).astype(scale.dtype)
+    return bias
+
+
+# --- config.json -----------------------------------------------------------------------
+
+
+def _said(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``quantization``, which mlx-lm looks at first, and ``quantization_config``."""
+    beside = quantization_of(config)
+    found = config.get("quantization")
+    return (found if isinstance(found, dict) else beside), beside
+
+
+def _entry(scheme: Scheme, marked: bool) -> dict[str, Any]:
+    """What the config says of a scheme; ``marked`` where it is symmetric."""
+    mode = _MODE_OF.get(scheme.name, "affine")
+    mark = {"symmetric": True} if marked and mode == "affine" and scheme.symmetric else {}
+    return {"group_size": scheme.block[1], "bits": scheme.bits, "mode": mode, **mark}
+
+
+def _scheme_of(entry: Mapping[str, Any], marked: Any) -> Scheme:
+    """The scheme of an entry of the config, and what ``quantization_config`` has in its place.
+
+    Raises CheckpointError for one that is not known here.
+    """
+    mode = entry.get("mode", "affine")
+    preset, bits, group = _MODES.get(mode, ("", 4, 64))
+    bits, group = entry.get("bits") or bits, entry.get("group_size") or group
+    if mode == "affine" and bits in BITS and group in GROUPS:
+        return integer(bits, group, isinstance(marked, dict) and marked.get("symmetric") is True)
+    if (preset, bits, group) == _MODES.get(mode):
+        return replace(SCHEMES[preset], two_level=False)
+    raise CheckpointError(
+        f"config.json: the mode {mode!r} of mlx with {bits} bits and groups of {group} is not "
+        "known here."
+    )
