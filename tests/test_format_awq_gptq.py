@@ -365,6 +365,15 @@ def test_config_of_awq(tmp_path):
     }  # fmt: skip
 
 
+def test_config_of_awq_says_what_is_left_out_to_gptqmodel_too(tmp_path):
+    config = written(model(tmp_path / "in", router=True), "awq", "W4A16_ASYM")
+    gates = [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", *gates]
+    assert list(config["quantization_config"]["dynamic"]) == [
+        f"-:^model\\.layers\\.{i}\\.mlp\\.gate$" for i in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize(
     ("fmt", "name", "shape", "group", "message"),
     [

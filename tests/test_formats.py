@@ -273,3 +273,30 @@ def test_what_is_quantized_already_is_kept_beside_the_new(source, tmp_path):
 def test_scales_are_searched_in_any_format(source, tmp_path):
     scheme = replace(SCHEMES["W4A16_ASYM"], scales="search")
     assert FORMATS["awq"].concrete(scheme).scales == "search"
+
+
+def test_mxfp4_becomes_nvfp4_without_loss_where_exponents_allow(tmp_path):
+    rng = np.random.default_rng(5)
+    x = {n: rng.standard_normal((64, 256)).astype("f4") for n in ("q", "k", "v", "o")}
+    x["q"] *= np.exp2(rng.integers(-8, 1, (64, 1)))  # as far apart as NVFP4 can hold, with k and v
+    x["k"] *= np.float32(2.0**-3)
+    x["o"][3, 32:64] = 0
+    tensors = {f"m.{n}_proj.weight": w.astype(ml_dtypes.bfloat16) for n, w in x.items()}
+    src = write_checkpoint(tmp_path / "in", tensors, {"model_type": "llama"})
+    run_convert(src, tmp_path / "mx", "MXFP4A16")
+    plan = run_convert(tmp_path / "mx", tmp_path / "nv", "NVFP4")
+    assert "4 weights go from MXFP4 to NVFP4 without loss" in plan.notes
+    assert verify(tmp_path / "nv").failures == []
+    with open_tensors(tmp_path / "mx") as a, open_tensors(tmp_path / "nv") as b:
+        for name in tensors:
+            assert np.array_equal(a[name], b[name]), name
+    x["v"][0] *= 2.0**-40
+    tensors = {f"m.{n}_proj.weight": w.astype(ml_dtypes.bfloat16) for n, w in x.items()}
+    src = write_checkpoint(tmp_path / "far", tensors, {"model_type": "llama"})
+    run_convert(src, tmp_path / "mx2", "MXFP4A16")
+    plan = run_convert(tmp_path / "mx2", tmp_path / "both", "NVFP4A16")
+    assert "3 weights stay quantized to MXFP4A16" in plan.notes
+    assert verify(tmp_path / "both").failures == []
+    plan = run_convert(tmp_path / "mx2", tmp_path / "nv2", "NVFP4A16", requantize=True)
+    assert any("'m.q_proj.weight' (1 such groups) are more than 17" in n for n in plan.notes)
+    assert verify(tmp_path / "nv2").failures == []

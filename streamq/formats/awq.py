@@ -18,6 +18,7 @@ from streamq.schemes import ALL, BYTES, Packing, Quantized, Scheme
 from streamq.tensors import TensorInfo
 
 from .base import Array, Format, Read, Rules, integer, names_of, one_scheme, quantization_of
+from .gptq import left_out
 from .layout import Layout, Role, columns_entry, make_layout, rows_entry
 
 #: Nibble i of a GEMM word holds column ORDER[i] of eight (AutoAWQ, packing_utils.py).
@@ -115,9 +116,12 @@ class Awq(Format):
     def config(
         self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """``dtype`` is float16, as vLLM holds the scales in the dtype it runs in."""
+        """What is left out of layers is said twice, for gptqmodel under ``dynamic``.
+
+        ``dtype`` is float16, as vLLM holds the scales in the dtype it runs in.
+        """
         (scheme,) = schemes
-        quantization = {
+        quantization: dict[str, Any] = {
             "quant_method": self.method,
             "bits": 4,
             "group_size": scheme.block[1],
@@ -125,6 +129,8 @@ class Awq(Format):
             "version": self.version,
             "modules_to_not_convert": ignore,
         }
+        if left := left_out(ignore):
+            quantization["dynamic"] = left
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         return {**config, key: "float16", "quantization_config": quantization}
 

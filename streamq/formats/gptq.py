@@ -150,10 +150,9 @@ class Gptq(Format):
             "lm_head": "lm_head" in modules,
             "pack_dtype": "int32",
         }
-        left = [name for name in ignore if _LAYER.search(name)]
-        if left:
-            quantization["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
-            quantization["modules_in_block_to_quantize"] = [_in_block(modules, left)]
+        if left := left_out(ignore):
+            quantization["dynamic"] = left
+            quantization["modules_in_block_to_quantize"] = [_in_block(modules, ignore)]
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         return {**config, key: "float16", "quantization_config": quantization}
 
@@ -210,6 +209,14 @@ def _ones(bits: int) -> np.uint32:
 
 #: In the name of a module that lies in one of many layers.
 _LAYER = re.compile(r"\.\d+\.")
+
+
+def left_out(ignore: list[str]) -> dict[str, dict[str, Any]]:
+    """``dynamic`` for modules in layers; gptqmodel leaves those elsewhere alone.
+
+    It reads no other key that names them, for AWQ too, and loads weights wrong without a word.
+    """
+    return {f"-:^{re.escape(name)}$": {} for name in ignore if _LAYER.search(name)}
 
 
 def _in_block(modules: list[str], left: list[str]) -> list[str]:

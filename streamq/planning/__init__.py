@@ -18,6 +18,7 @@ from streamq.stored import Stored, find_stored
 from streamq.tensors import TensorInfo
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
+from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
 from .types import (
     MAX_MEMORY,
@@ -48,7 +49,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             "one of f32."
         )
     family = Family(source.config)
-    stored = find_stored(source)
+    stored, lifted = lift(source, find_stored(source), options.scheme, family)
     tensors = _as_weights(source, stored)
     choice = choose(tensors, stored, options, family, source.config)
     homes = fuse(tensors, stored, choice, family)
@@ -71,7 +72,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=unquantized,
         warnings=warnings,
-        notes=[*source.oddities, *choice.notes, *notes(family, options)],
+        notes=[*source.oddities, *lifted, *choice.notes, *notes(family, options)],
         bytes_in=source.nbytes,
         slab_memory=slab_memory(shards),
         input_files=len(source.files),
