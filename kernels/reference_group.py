@@ -1,9 +1,9 @@
 """The definition of group compression with an inverse scale (DB-GPT, FastChat).
 
-The rule is that of FastChat's ``compress`` on f32 tensors. The stored scale is
-``top code / largest magnitude``, and a weight is multiplied by it. Asymmetric groups have
-their true minimum beside it. A ragged last group is filled up with zeros, which count as
-elements of it.
+The rule is that of FastChat's ``compress`` on f32 tensors. The stored scale is ``1 / largest
+magnitude * top code``, rounded twice, and a weight is multiplied by it. Asymmetric groups
+have their true minimum beside it. A ragged last group is filled up with zeros, which count
+as elements of it.
 
 Integer codes are signed here as everywhere: an asymmetric code is FastChat's minus
 2^(bits-1). FastChat leaves an infinite scale of a constant group as it is; here it is 1.
@@ -42,7 +42,7 @@ def quantize(x: Array, scheme: Scheme, packing: Packing = BYTES) -> Quantized:
         with np.errstate(over="ignore"):
             span = w.max(axis=_ACROSS, keepdims=True) - bias
     with np.errstate(over="ignore", divide="ignore"):
-        scale = most / span
+        scale = F32(1) / span * most  # what torch computes for a number divided by a tensor
     scale = np.where(np.isfinite(scale), scale, F32(1))  # all elements are (nearly) the same
     refuse_lost(scale.reshape(shape), scheme)
     code = np.rint(np.clip((w - bias) * scale, least, most)) - offset

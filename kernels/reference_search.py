@@ -28,8 +28,8 @@ Array = np.ndarray[Any, Any]
 E4M3_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)
 #: Tried in this order around the exponent byte of an e8m0 scale, kept in 0 .. 254.
 E8M0_STEPS = (-1, 1)
-#: Integers of so many bits: the largest factor and the step down to the next, in 1/128, and
-#: how many there are. The fewer the codes, the more is won by clipping the largest weights.
+#: Integers of so many bits: the largest factor and the step down to the next, in 1/128. The
+#: fewer the codes, the more is won by clipping the largest weights.
 FACTORS = {2: (96, 6), 3: (120, 6), 4: (132, 4), 5: (136, 3), 6: (138, 2), 7: (138, 2), 8: (138, 1)}
 FACTOR_COUNT = 15
 
@@ -57,7 +57,8 @@ def factors(scheme: Scheme) -> Array:
     """What amax, or both ends of the range, is multiplied with, in order; f32, never 1."""
     top, step = FACTORS[scheme.bits]
     tried = top - step * np.arange(FACTOR_COUNT)
-    return (tried[tried != 128] / 128).astype(np.float32)
+    parts: Array = (tried[tried != 128] / 128).astype(np.float32)
+    return parts
 
 
 def search(
@@ -78,7 +79,8 @@ def search(
             least = np.where(better, error, least)
             stored = np.where(better, candidate.stored, stored)
             scale = np.where(better, candidate.scale, scale)
-            if candidate.zero_point is not None:
+            if zero is not None:
+                assert candidate.zero_point is not None
                 zero = np.where(better, candidate.zero_point, zero)
     return Blocks(stored, scale, zero)
 

@@ -13,7 +13,7 @@ from streamq.errors import CheckpointError
 from streamq.formats import FORMATS, Entry, Format, Layout, Role, Rules, format_of
 from streamq.kernels.reference import dequantize
 from streamq.schemes import Quantized, Scheme
-from streamq.tensors import DTYPES, FLOATS, TensorInfo
+from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
 
 Array = np.ndarray[Any, Any]
 
@@ -45,6 +45,11 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def row_step(self) -> int:
+        """Rows that a slab is a multiple of."""
+        return self.layout.row_step
 
     @property
     def codes(self) -> TensorInfo:
@@ -99,7 +104,7 @@ def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
     """
     found = look(checkpoint)
     stored = {}
-    for module, tensors in found.parts.items():
+    for module, tensors in weights_of(found):
         s = stored_of(checkpoint, found, module, tensors)
         stored[s.name] = s
     for t in checkpoint.tensors.values():
@@ -111,6 +116,12 @@ def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
                 "its values are not known."
             )
     return stored
+
+
+def weights_of(found: Found) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """Module and tensors of each weight, those of a stack one by one."""
+    for module, tensors in found.parts.items():
+        yield from found.format.slices(module, tensors)
 
 
 def stored_of(
@@ -205,8 +216,13 @@ class Tensors(Mapping[str, Array]):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.stored = find_stored(checkpoint)
-        parts = {t.name: s.name for s in self.stored.values() for t in s.tensors.values()}
+        parts = {t.name: stack_of(s.name) or s.name
+                 for s in self.stored.values() for t in s.tensors.values()}  # fmt: skip
         self._names = dict.fromkeys(parts.get(name, name) for name in checkpoint.tensors)
+        self._stacks: dict[str, list[Stored]] = {}
+        for s in self.stored.values():
+            if stack := stack_of(s.name):
+                self._stacks.setdefault(stack, []).append(s)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -217,9 +233,14 @@ class Tensors(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self._names:
             raise KeyError(name)
+        if name in self._stacks:
+            return np.stack([self._values(s) for s in self._stacks[name]])
         s = self.stored.get(name)
         if s is None:
             return read(self.checkpoint, self.checkpoint.tensors[name])
+        return self._values(s)
+
+    def _values(self, s: Stored) -> Array:
         out = np.empty((s.layout.rows, s.layout.cols), np.float32)
         for first, rows in slabs(s):
             out[first : first + rows] = dequantize(

@@ -96,6 +96,16 @@ class TensorInfo(NamedTuple):
         return self.start + self.nbytes
 
 
+def element(name: str, i: int) -> str:
+    """How the ``i``-th weight of a tensor that holds several is called."""
+    return f"{name}[{i}]"
+
+
+def stack_of(name: str) -> str | None:
+    """The tensor that such a weight lies in, None for one that is a tensor of its own."""
+    return name[: name.rindex("[")] if name.endswith("]") else None
+
+
 def size_text(n: float) -> str:
     """A size for people, in decimal units as disks and download pages give them: 4.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -58,7 +58,7 @@ def compress_group(x, bits, size, symmetric):
         top, low = F32(2**bits - 1), min(filled)
         span = F32(max(filled) - low)
     with np.errstate(over="ignore"):
-        scale = F32(top / span) if span != 0 else F32(np.inf)
+        scale = F32(F32(F32(1) / span) * top) if span != 0 else F32(np.inf)
     scale = F32(1) if np.isinf(scale) else scale
     least = -float(top) if symmetric else 0.0
     codes = []
@@ -100,6 +100,8 @@ def test_the_second_implementation_by_hand():
     assert (codes, scale, low) == ([0, 31], 1, 3)
     codes, scale, low, _ = compress_group([F32(31)], 5, 2, False)
     assert (codes, scale, low) == ([31], 1, 0)
+    _, scale, _, _ = compress_group([F32(3)], 8, 1, True)
+    assert scale == F32(42.333336) != F32(127) / F32(3)  # as torch has it for 127 / tensor
     assert [nearest(x) for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.4)] == [-2, -2, 0, 0, 2, 2]
 
 

@@ -1,6 +1,7 @@
 """Every format x scheme: what it lays out, packs, reads back and converts to and from."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from streamq.tensors import DTYPES
 from streamq.verifying import verify
 
 ROWS, COLS = 64, 512
-PAIRS = [(f.name, s) for f in FORMATS.values() for s in f.presets if s not in PLAIN]
+PAIRS = [(f.name, s) for f in FORMATS.values() if not f.stacks for s in f.presets if s not in PLAIN]
 WHOLE_ROWS = ("gpt-fast",)
 
 
@@ -298,5 +299,7 @@ def test_mxfp4_becomes_nvfp4_without_loss_where_exponents_allow(tmp_path):
     assert "3 weights stay quantized to MXFP4A16" in plan.notes
     assert verify(tmp_path / "both").failures == []
     plan = run_convert(tmp_path / "mx2", tmp_path / "nv2", "NVFP4A16", requantize=True)
-    assert any("'m.q_proj.weight' (1 such groups) are more than 17" in n for n in plan.notes)
+    assert any(
+        re.search(r"m.[qkv]_proj.weight' .1 such groups. are more than 17", n) for n in plan.notes
+    )
     assert verify(tmp_path / "nv2").failures == []

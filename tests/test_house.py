@@ -18,7 +18,7 @@ FLOORS = [
     {"tensors"},
     {"schemes"},
     {"checkpoint", "writer", "families", "kernels"},
-    {"formats", "quality"},
+    {"formats", "quality", "views"},
     {"stored"},
     {"planning"},
     {"converting", "verifying", "progress"},

@@ -118,8 +118,8 @@ def _lanes(shape: tuple[int, int], scheme: Scheme) -> tuple[int, int, int]:
 
 @register_jitable
 def _inverse(top, span):
-    """``top / span``; 1 where that is not finite."""
-    s = f32(top / span)
+    """``1 / span * top``, rounded twice; 1 where that is not finite."""
+    s = f32(f32(f32(1) / span) * top)
     return s if u32(f32(s).view(u32)) < INF_BITS else f32(1)
 
 

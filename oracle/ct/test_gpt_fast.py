@@ -20,8 +20,8 @@ TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 TOKENS = torch.arange(96).reshape(2, 48) * 7 % 64
 
-# Bounds of the mean |difference| of log-probabilities, which spread by 0.5: sums of products
-# that are scaled before or after, f32 and bf16.
+# Bounds of the mean |difference| of log-probabilities, which spread by 0.43: products that are
+# scaled before or after they are summed differ by 2e-7 in f32 and by 0.003 in bf16.
 CLOSE = {"f32": 2e-6, "bf16": 0.005}
 
 
@@ -129,12 +129,10 @@ def test_its_layer_computes_with_our_values(dtype, tmp_path):
             weight = torch.from_numpy(values[name]).to(TORCH[dtype])
             ours.get_submodule(name.removesuffix(".weight")).weight.data = weight
     found = _logprobs(theirs)
-    print(found.std(), (found - _logprobs(ours)).abs().mean())
     assert found.std() > 0.2
     assert (found - _logprobs(ours)).abs().mean() < CLOSE[dtype]
 
     # Scales of the row before in one projection are seen.
     module = theirs.get_submodule("model.layers.1.self_attn.o_proj")
     module.scales = module.scales.roll(1, 0)
-    print((_logprobs(theirs) - found).abs().mean())
     assert (_logprobs(theirs) - found).abs().mean() > 2 * CLOSE[dtype]

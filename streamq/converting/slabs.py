@@ -16,6 +16,7 @@ from streamq.planning import SLAB, Weights, slab_rows
 from streamq.stored import SLAB as STORED_SLAB
 from streamq.stored import Stored
 from streamq.tensors import TensorInfo
+from streamq.views import View
 
 #: Elements of the longest row that flat weights are seen as.
 ROW = 1 << 16
@@ -64,8 +65,8 @@ class Slab(NamedTuple):
         return self.weights.sources[int(self.members[0])]
 
     @property
-    def stored(self) -> Stored:
-        """What the only member is in a quantized source."""
+    def stored(self) -> Stored | View:
+        """What the only member is in the source."""
         assert self.weights.stored is not None
         return self.weights.stored[int(self.members[0])]
 

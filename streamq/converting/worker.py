@@ -18,8 +18,9 @@ from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality
 from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
-from streamq.stored import read_rows
+from streamq.stored import Stored, read_rows
 from streamq.tensors import DTYPES
+from streamq.views import View
 from streamq.writer import ShardWriter
 
 from .boxes import Out, Sink, Tally
@@ -141,6 +142,7 @@ class Worker:
     def _repack_slab(self, slab: Slab, out: Out) -> Array | None:
         """Write the codes of the source in another arrangement; returns their divisor."""
         s = slab.stored
+        assert isinstance(s, Stored)
         q = read_rows(self._source, s, slab.first, int(slab.ends[0]) // slab.layout.cols)
         lost = q.zero_point is None and not (s.scheme.symmetric or s.scheme.inverse)
         if q.bias is not None and lost:
@@ -190,7 +192,9 @@ class Worker:
                 f"tensor {slab.head.name!r}: the value {x[row * slab.layout.cols + col]:g} at row "
                 f"{slab.first + row}, column {col} is not finite in {slab.weights.scheme.name}."
             )
-        out.put(slab, e, start, cast)
+        q = Quantized(cast.reshape(-1, slab.layout.cols), np.empty(0))
+        data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
+        out.put(slab, e, start, data)
 
     def _measure(
         self, slab: Slab, x: Array, q: Quantized, packing: Packing, above: Array | None,
@@ -222,8 +226,11 @@ class Worker:
         self._heed()
         if slab.weights.stored is not None:
             rows = int(slab.ends[0]) // slab.layout.cols
-            q = read_rows(self._source, slab.stored, slab.first, rows)
-            values: Array = self._kernels.dequantize(q, slab.stored.scheme)
+            s = slab.stored
+            if isinstance(s, View):
+                return s.read(self._source, slab.first, rows).reshape(-1)
+            q = read_rows(self._source, s, slab.first, rows)
+            values: Array = self._kernels.dequantize(q, s.scheme)
             return values.reshape(-1)
         dtype = slab.weights.numpy
         nbytes = int(slab.ends[-1]) * dtype.itemsize

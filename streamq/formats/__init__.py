@@ -13,6 +13,7 @@ from .base import Format, Rules, quantization_of
 from .compressed_tensors import CompressedTensors
 from .fp8 import Fp8
 from .gpt_fast import GptFast
+from .gpt_oss import GptOss
 from .gptq import Gptq
 from .group import Group
 from .layout import Entry, Layout, Role
@@ -21,8 +22,17 @@ from .modelopt import ModelOpt
 from .plain import Plain
 
 __all__ = [
-    "FORMATS", "Entry", "Format", "Layout", "Role", "Rules", "default_format", "format_of",
-    "named", "quantization_of",
+    "FORMATS",
+    "Entry",
+    "Format",
+    "Layout",
+    "Plain",
+    "Role",
+    "Rules",
+    "default_format",
+    "format_of",
+    "named",
+    "quantization_of",
 ]  # fmt: skip
 
 # One line adds a format.
@@ -37,6 +47,7 @@ FORMATS: dict[str, Format] = {
         Gptq(1),
         Gptq(2),
         Mlx(),
+        GptOss(),
         Group(),
         GptFast(),
         Plain(),

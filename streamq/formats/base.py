@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from streamq.errors import CheckpointError, PlanError
 from streamq.kernels.reference import E4M3, pack, unpack
 from streamq.schemes import FLOAT_TAGS, SCHEMES, Quantized, Scheme
-from streamq.tensors import TensorInfo
+from streamq.tensors import TensorInfo, element
 
 from .layout import Layout, Role
 
@@ -45,6 +45,8 @@ class Format:
     other_suffixes: tuple[str, ...]
     #: Whether one checkpoint may hold several schemes.
     mixes = False
+    #: Whether it holds experts and nothing else, all of a layer in one tensor.
+    stacks = False
 
     # --- writing ------------------------------------------------------------------------
 
@@ -134,6 +136,24 @@ class Format:
     def original(self, module: str) -> str:
         """The name that the weight of a module had before it was quantized."""
         return module + ".weight"
+
+    def slices(
+        self, module: str, tensors: dict[str, TensorInfo]
+    ) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+        """The weights that tensors of one name hold; of a stack each expert by itself."""
+        yield module, tensors
+
+    def experts_of(
+        self, module: str, tensors: dict[str, TensorInfo]
+    ) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+        """Slices along the first axis."""
+        for i in range(min(t.shape[0] if t.shape else 0 for t in tensors.values())):
+            yield element(module, i), {
+                suffix: t._replace(
+                    shape=t.shape[1:], start=t.start + i * (t.nbytes // max(1, t.shape[0]))
+                )
+                for suffix, t in tensors.items()
+            }
 
     # --- reading ------------------------------------------------------------------------
 

@@ -79,7 +79,10 @@ class Fp8(Format):
 
     def as_stored(self, scheme: Scheme, found: Mapping[str, TensorInfo]) -> Scheme:
         """See ``Format.as_stored``: Qwen's checkpoints have bf16 scales, DeepSeek's f32."""
-        element: Any = _FLOAT_SCALES.get(found[self.scale_suffix].dtype)
+        tag = found[self.scale_suffix].dtype
+        if tag in _EXPONENTS:
+            return replace(scheme, power_of_two=True)
+        element: Any = _FLOAT_SCALES.get(tag)
         return scheme if element is None else replace(scheme, scale=element)
 
     def config(

@@ -137,7 +137,7 @@ class Mlx(Format):
         """See ``Format.rules``."""
         quantization, marked = _said(config)
         default = _scheme_of(quantization, marked)
-        named = {}
+        named: dict[str, Scheme | None] = {}
         for module, entry in quantization.items():
             if isinstance(entry, dict):
                 named[module] = _scheme_of(entry, marked.get(module))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from streamq.schemes import FLOAT_TAGS, PLAIN, Quantized, Scheme
 
 from .base import Array, Format, quantization_of
-from .layout import Layout, Role, make_layout, rows_entry
+from .layout import Layout, Role, columns_entry, make_layout, rows_entry
 
 _TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
@@ -22,11 +24,18 @@ class Plain(Format):
     code_suffixes = ("weight",)
     other_suffixes = ()
 
+    def __init__(self, *, transposed: bool = False) -> None:
+        """``transposed``: weights of stacks, which are ``[in, out]`` each and have no suffix."""
+        self._transposed = transposed
+
     def layout(
         self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
     ) -> Layout:
         """See ``Format.layout``."""
         tag = FLOAT_TAGS[scheme.element]
+        if self._transposed:
+            columns = columns_entry("", "codes", tag, (cols, rows), 1)
+            return make_layout(rows, cols, dtype, [columns], (1, cols))
         codes = rows_entry("weight", "codes", tag, (rows, cols), 1, direct=False)
         return make_layout(rows, cols, dtype, [codes], (1, cols))
 
@@ -35,11 +44,13 @@ class Plain(Format):
     ) -> Layout:
         """See ``Format.layout_of``; the tensor has its own shape."""
         layout = super().layout_of(shape, dtype, scheme)
+        if self._transposed:
+            return layout
         return layout._replace(entries=(layout.entries[0]._replace(shape=shape),))
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
         """See ``Format.pack``; the codes are the values."""
-        return q.codes
+        return np.ascontiguousarray(q.codes.T) if self._transposed else q.codes
 
     def config(
         self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]

@@ -7,6 +7,7 @@ every error that does not need the weights themselves.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from streamq.families import Family
 from streamq.formats import default_format, quantization_of
 from streamq.stored import Stored, find_stored
 from streamq.tensors import TensorInfo
+from streamq.views import View
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
+from .experts import views_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
 from .types import (
@@ -50,12 +53,13 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         )
     family = Family(source.config)
     stored, lifted = lift(source, find_stored(source), options.scheme, family)
-    tensors = _as_weights(source, stored)
-    choice = choose(tensors, stored, options, family, source.config)
-    homes = fuse(tensors, stored, choice, family)
+    weights: dict[str, Stored | View] = {**stored, **views_of(source, family, fmt)}
+    tensors = _as_weights(source, weights)
+    choice = choose(tensors, weights, options, family, source.config)
+    homes = fuse(tensors, weights, choice, family)
     warnings = unused_patterns(tensors, options)
     warnings += block_warnings(tensors, choice, homes)
-    shards = place(_rows(tensors, choice, homes, stored), source.files, options)
+    shards = place(_rows(source, tensors, choice, homes, weights), source.files, options)
     refuse_impossible(shards)
     unquantized = [(tensors[i], why) for i, why in choice.kept.items()]
     ignored = [t.name.removesuffix(".weight") for t, _ in unquantized if is_linear_like(t)]
@@ -80,32 +84,64 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     )
 
 
-def _as_weights(source: Checkpoint, stored: dict[str, Stored]) -> list[TensorInfo]:
-    """The tensors of the source, each quantized weight as one of f32 where its codes are."""
-    if not stored:
+def _as_weights(source: Checkpoint, weights: Mapping[str, Stored | View]) -> list[TensorInfo]:
+    """The tensors of the source; where parts of weights are, those weights stand instead.
+
+    A quantized one is of f32 and stands where its codes are.
+    """
+    if not weights:
         return list(source.tensors.values())
-    parts = {t.name for s in stored.values() for t in s.tensors.values()}
-    weights = {
-        s.codes.name: TensorInfo(s.name, "F32", s.shape, s.codes.file, s.codes.start)
-        for s in stored.values()
-    }
-    return [
-        weights.get(t.name, t)
-        for t in source.tensors.values()
-        if t.name in weights or t.name not in parts
-    ]
+    parts: set[str] = set()
+    places: dict[str, list[TensorInfo]] = {}
+    for name, w in weights.items():
+        if isinstance(w, View):
+            t = w.tensor
+            weight = TensorInfo(name, t.dtype, (w.rows, w.cols), t.file, w.start)
+            parts.add(t.name)
+        else:
+            t = w.codes
+            weight = TensorInfo(name, "F32", w.shape, t.file, t.start)
+            parts |= {part.name for part in w.tensors.values()}
+        places.setdefault(t.name, []).append(weight)
+    tensors = []
+    for t in source.tensors.values():
+        tensors += places.get(t.name, [] if t.name in parts else [t])
+    return tensors
 
 
 def _rows(
-    tensors: list[TensorInfo], choice: Choice, homes: dict[int, int], stored: dict[str, Stored]
+    source: Checkpoint,
+    tensors: list[TensorInfo],
+    choice: Choice,
+    homes: dict[int, int],
+    weights: Mapping[str, Stored | View],
 ) -> Rows:
-    """Every tensor with its target; a quantized weight that stays is copied part by part."""
-    rows = Rows([], [], [], choice.targets, stored)
+    """Every tensor with its target; what weights that stay are made of is copied as it is.
+
+    Raises PlanError for a tensor of several weights of which some stay.
+    """
+    rows = Rows([], [], [], choice.targets, weights)
+    copied: set[str] = set()
+    taken: set[str] = set()
     for i, t in enumerate(tensors):
-        number = choice.numbers[i]
-        s = stored.get(t.name) if number < 0 else None
-        # The codes first, because a shard of the output is named after their file.
-        for part in sorted(s.tensors.values(), key=lambda p: p != s.codes) if s else [t]:
+        number, parts = choice.numbers[i], [t]
+        w = weights.get(t.name)
+        if w is not None:
+            names = [w.tensor.name] if isinstance(w, View) else [
+                # The codes first, because a shard of the output is named after their file.
+                part.name for part in sorted(w.tensors.values(), key=lambda p: p != w.codes)
+            ]  # fmt: skip
+            if number >= 0:
+                taken.update(names)
+            else:
+                parts = [source.tensors[name] for name in names if name not in copied]
+                copied.update(names)
+            if both := copied & taken:
+                raise PlanError(
+                    f"some weights of {min(both)!r} would stay as they are and others not; "
+                    "convert or --ignore all of them."
+                )
+        for part in parts:
             rows.tensors.append(part)
             rows.numbers.append(number)
             rows.homes.append(homes.get(i, i))

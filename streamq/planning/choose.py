@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from streamq.errors import PlanError
 from streamq.families import Family, collapse, is_expert_stack, matcher
 from streamq.schemes import ALL, Scheme
 from streamq.stored import Stored
-from streamq.tensors import FLOATS, TensorInfo
+from streamq.tensors import FLOATS, TensorInfo, stack_of
+from streamq.views import View
 
 from .quantized import AlreadyQuantized, refuse_unfit
 from .types import Options, Target
@@ -42,7 +43,7 @@ def is_linear_like(t: TensorInfo) -> bool:
 
 def choose(
     tensors: list[TensorInfo],
-    stored: dict[str, Stored],
+    stored: Mapping[str, Stored | View],
     options: Options,
     family: Family,
     config: dict[str, Any],
@@ -58,11 +59,13 @@ def choose(
     assert options.format is not None
     plain = options.scheme.is_float
     floats = Target(options.scheme, options.format, "floats", options.numerics)
+    views = floats._replace(origin="views")
     modules: dict[Scheme, list[str]] = {}
     for i, t in enumerate(tensors):
         reason = why_not(t)
         target: Target | None = floats
-        if s := stored.get(t.name):
+        s = stored.get(t.name)
+        if isinstance(s, Stored):
             target, scheme = decide(s, reason)
             if scheme is None:
                 choice.dequantized.append(s.module)
@@ -71,7 +74,9 @@ def choose(
             target = scheme = None
         else:
             scheme = options.scheme
-            if len(t.shape) > 2:
+            if s is not None:
+                target = views
+            elif len(t.shape) > 2:
                 target = floats._replace(scheme=scheme.folded(t.shape))
         if scheme is not None:
             scheme = replace(scheme, stride=1) if scheme.stride != 1 else scheme
@@ -117,7 +122,7 @@ def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | Non
             return "--ignore"
         if _is_named_stack(t, options) and wanted(name):
             return _unfit(t, options)
-        if len(shape) != 2 or not name.endswith(".weight"):
+        if len(shape) != 2 or not name.endswith((".weight", "]")):
             if is_expert_stack(name, shape) and not options.scheme.is_float:
                 raise PlanError(
                     f"tensor {name!r} of shape {list(shape)} holds the experts of a layer in one, "
@@ -129,6 +134,8 @@ def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | Non
             return why
         if options.only and not wanted(name):
             return "not in --only"
+        if options.format is not None and options.format.stacks and not name.endswith("]"):
+            return "not an expert"
         kind = dtype, shape
         if kind not in unfit:
             unfit[kind] = _unfit(t, options)
@@ -168,7 +175,10 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
 
 
 def fuse(
-    tensors: list[TensorInfo], stored: dict[str, Stored], choice: Choice, family: Family
+    tensors: list[TensorInfo],
+    stored: Mapping[str, Stored | View],
+    choice: Choice,
+    family: Family,
 ) -> dict[int, int]:
     """For each tensor with fused partners the first one of its group.
 
@@ -182,6 +192,9 @@ def fuse(
         if i in choice.kept:
             continue
         module = t.name.removesuffix(".weight")
+        if stack := stack_of(t.name):  # of one tensor, so they stay together
+            homes[i] = firsts.setdefault((stack, ""), i)
+            continue
         found = family.group_of(module)
         if found is None:
             continue

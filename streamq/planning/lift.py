@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from streamq.kernels.reference import E4M3
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import CheckpointError
 from streamq.families import Family
 from streamq.formats import Format, Layout, Role
+from streamq.kernels.reference import E4M3
 from streamq.schemes import SCHEMES, Quantized, Scheme
 from streamq.stored import Array, Stored, read
 
@@ -60,7 +60,8 @@ def lift(
                 found = family.group_of(s.module)
                 key = (found[0], found[1].members[0]) if found else ("", s.module)
                 groups.setdefault(key, []).append(s)
-    lifted, apart = {}, []
+    lifted: dict[str, Stored] = {}
+    apart = []
     for members in groups.values():
         least, most = 255, 0
         for s in members:

@@ -11,8 +11,9 @@ split and numbered took 0.3 s, as columns 0.1 s.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,13 @@ from streamq.formats import Layout
 from streamq.stored import SLAB as STORED_SLAB
 from streamq.stored import Stored
 from streamq.tensors import DTYPES, TensorInfo
+from streamq.views import View
 from streamq.writer import build_header, quoted
 
 from .types import SLAB, STRIP, Array, Copy, Options, ShardPlan, Target, Weights, slab_rows
+
+#: The number of a weight in its stack, in the middle of a name.
+_ELEMENT = re.compile(r"\[\d+\]")
 
 
 class Rows(NamedTuple):
@@ -40,7 +45,7 @@ class Rows(NamedTuple):
     numbers: list[int]
     homes: list[int]
     targets: list[Target]
-    stored: dict[str, Stored]
+    stored: Mapping[str, Stored | View]
 
 
 class _Table(NamedTuple):
@@ -130,7 +135,7 @@ class _Region(NamedTuple):
     sizes: Array
 
 
-def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
+def _lay_out(name: str, table: _Table, stored: Mapping[str, Stored | View]) -> ShardPlan:
     """Offsets of one shard: first behind its first data byte, then behind its header."""
     parts: dict[int, _Table] = {}
     regions: dict[tuple[int, int], _Region] = {}
@@ -149,7 +154,8 @@ def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
         sizes = regions[key].sizes
         starts[key] = at + np.cumsum(sizes) - sizes
         at += int(sizes.sum())
-    columns = ((*regions[key][:4], starts[key], regions[key].sizes) for key in order)
+    shown = [_stacked(regions[key], starts[key]) for key in order]
+    columns = ((*region[:4], begins, region.sizes) for region, begins in shown)
     header = build_header(columns, _notes(table.groups, parts, stored))
     base = len(header)
     copies = [
@@ -161,15 +167,17 @@ def _lay_out(name: str, table: _Table, stored: dict[str, Stored]) -> ShardPlan:
         _weights(part, number, base, starts, stored)
         for number, part in parts.items() if table.groups[number][0] is not None
     ]  # fmt: skip
-    names = [tensor for key in order for tensor in regions[key].names]
+    names = [tensor for region, _ in shown for tensor in region.names]
     return ShardPlan(name, weights, copies, names, header, base + at)
 
 
 def _notes(
-    groups: list[tuple[Target | None, str]], parts: dict[int, _Table], stored: dict[str, Stored]
+    groups: list[tuple[Target | None, str]],
+    parts: dict[int, _Table],
+    stored: Mapping[str, Stored | View],
 ) -> dict[str, str]:
     """What formats say in ``__metadata__`` of the weights of a shard."""
-    copied = {s.codes.name: s for s in stored.values()}
+    copied = {s.codes.name: s for s in stored.values() if isinstance(s, Stored)}
     notes = {}
     for number, part in parts.items():
         target = groups[number][0]
@@ -186,7 +194,7 @@ def _notes(
 
 def _weights(
     table: _Table, number: int, base: int, starts: dict[tuple[int, int], Array],
-    stored: dict[str, Stored],
+    stored: Mapping[str, Stored | View],
 ) -> Weights:  # fmt: skip
     target, dtype = table.groups[number]
     assert target is not None
@@ -210,6 +218,23 @@ def _regions(weights: _Table) -> Iterator[_Region]:
         shapes = [layout.entries[slot].shape for layout in layouts]
         sizes = np.array([layout.sizes[slot] for layout in layouts])[kind]
         yield _Region(names, head.dtype, shapes, kind.tolist(), sizes)
+
+
+def _stacked(region: _Region, starts: Array) -> tuple[_Region, Array]:
+    """A region with the weights of each stack as the one tensor that a file has of them."""
+    if not any("[" in name for name in region.names):
+        return region, starts
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(region.names):
+        rows.setdefault(_ELEMENT.sub("", name), []).append(i)
+    shapes = []
+    for members in rows.values():
+        shape = region.shapes[region.kinds[members[0]]]
+        shapes.append((len(members), *shape) if "[" in region.names[members[0]] else shape)
+    firsts = [members[0] for members in rows.values()]
+    sizes = np.array([region.sizes[members].sum() for members in rows.values()])
+    kinds = list(range(len(shapes)))
+    return _Region(list(rows), region.dtype, shapes, kinds, sizes), starts[firsts]
 
 
 def _region_of_copies(dtype: str, tensors: list[TensorInfo]) -> _Region:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamq.errors import PlanError
-from streamq.formats import Format, default_format
+from streamq.formats import Format, Plain, default_format
 from streamq.schemes import ALL, PLAIN, FloatType, Scheme, block_text
 from streamq.stored import Stored
 
@@ -15,6 +15,9 @@ from .types import Options, Target
 
 _ELEMENT_OF: dict[str, FloatType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _TORCH_DTYPES: dict[str, FloatType] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+_PLAIN_STACKS = Plain(transposed=True)
 
 
 class AlreadyQuantized:
@@ -33,7 +36,8 @@ class AlreadyQuantized:
         assert o.format is not None
         if reason is None or (o.scheme.is_float and reason not in ("--ignore", "not in --only")):
             if o.scheme.is_float:
-                return Target(o.scheme, o.format, "values"), o.scheme
+                fmt = _PLAIN_STACKS if s.format.stacks else o.format
+                return Target(o.scheme, fmt, "values"), o.scheme
             if _holds(o.scheme, s.scheme):
                 return self._repacked(s, o.format, o.scheme)
             if o.requantize:
@@ -46,6 +50,8 @@ class AlreadyQuantized:
                 f"{o.format.name} cannot hold; choose another --format."
             )
         mixes = o.format.mixes and s.scheme.name in o.format.presets and not s.scheme.inverse
+        # What loaders expect unquantized, as the embedding that mlx-lm quantizes, is not kept.
+        mixes = mixes and reason in (None, "--ignore", "not in --only")
         if o.format.name == s.format.name or mixes:
             self._kept[s.scheme.name] += 1
             scheme = s.scheme if o.format.name == s.format.name else o.format.concrete(s.scheme)
@@ -64,7 +70,7 @@ class AlreadyQuantized:
         if fmt.name == s.format.name and s.scheme == replace(scheme, scales=s.scheme.scales):
             return None, s.scheme
         if scheme.scale == "weight":
-            element = _ELEMENT_OF[s.tensors[s.format.scale_suffix].dtype]
+            element = _ELEMENT_OF.get(s.tensors[s.format.scale_suffix].dtype, "f32")
             return Target(replace(scheme, scale=element), fmt, "codes"), scheme
         return Target(scheme, fmt, "codes"), scheme
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from streamq.formats import Format, Layout
 from streamq.schemes import Numerics, Scheme
 from streamq.stored import Stored
 from streamq.tensors import DTYPES, TensorInfo
+from streamq.views import View
 
 Array = np.ndarray[Any, Any]
 
@@ -47,8 +48,9 @@ class Options:
     requantize: bool = False
 
 
-#: What a weight is made from: floats of the source, the values of its codes, or its codes.
-Origin = Literal["floats", "values", "codes"]
+#: What a weight is made from: a tensor of floats, a view in one, the values of its codes, or
+#: its codes.
+Origin = Literal["floats", "views", "values", "codes"]
 
 
 class Target(NamedTuple):
@@ -71,8 +73,8 @@ class Weights:
     ``steps``: ``[n]``, the same number for weights that share the scale above the blocks.
     ``places``: ``[n, 2]``, the number of the source file and the absolute offset in it.
     ``starts``: ``[n, entries]``, absolute offsets of the entries of the layout in the shard.
-    ``stored``: what each is in a quantized source; its values then are f32, and ``sources``
-    names it as it was before.
+    ``stored``: what each is in the source where it is not a tensor of floats; the values of
+    codes are f32, and ``sources`` names the weight as it was before.
     """
 
     target: Target
@@ -83,7 +85,7 @@ class Weights:
     steps: Array
     places: Array
     starts: Array
-    stored: list[Stored] | None = None
+    stored: Sequence[Stored | View] | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -98,7 +100,7 @@ class Weights:
     def row_step(self, row: int) -> int:
         """Rows that a slab of a weight is a multiple of, in what is read and in what is written."""
         step = self.layouts[int(self.kind[row])].row_step
-        return step if self.stored is None else lcm(step, self.stored[row].layout.row_step)
+        return step if self.stored is None else lcm(step, self.stored[row].row_step)
 
     @property
     def numpy(self) -> np.dtype[Any]:

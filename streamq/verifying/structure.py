@@ -9,7 +9,7 @@ import numpy as np
 from streamq.checkpoint import Checkpoint, read_json
 from streamq.errors import StreamqError
 from streamq.families import Family
-from streamq.stored import Array, Found, Stored, read, stored_of
+from streamq.stored import Array, Found, Stored, read, stored_of, weights_of
 
 from .report import Report
 
@@ -33,7 +33,7 @@ def find_weights(checkpoint: Checkpoint, found: Found, report: Report) -> list[S
     """The quantized weights, after comparing names, dtypes and shapes with the layout."""
     family = Family(checkpoint.config)
     weights = []
-    for module, tensors in found.parts.items():
+    for module, tensors in weights_of(found):
         try:
             weights.append(stored_of(checkpoint, found, module, tensors))
         except StreamqError as e:

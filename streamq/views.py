@@ -1,0 +1,59 @@
+"""Weights that lie inside larger tensors: the experts of a layer, transposed perhaps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from streamq.checkpoint import Checkpoint
+from streamq.tensors import DTYPES, TensorInfo
+
+Array = np.ndarray[Any, Any]
+
+
+class View(NamedTuple):
+    """A float weight of ``rows`` and ``cols`` in ``tensor``.
+
+    ``start``: absolute byte offset of its first element. ``row_stride``, ``col_stride``: elements
+    from one row, or one column, to the next; one of them is small (1, or 2 where two
+    weights interleave).
+    """
+
+    tensor: TensorInfo
+    start: int
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.rows * self.cols * DTYPES[self.tensor.dtype].itemsize
+
+    @property
+    def row_step(self) -> int:
+        """Rows that a slab is a multiple of."""
+        return 1
+
+    def read(self, checkpoint: Checkpoint, first: int, rows: int) -> Array:
+        """Some rows, contiguous, ``[rows, cols]`` in the dtype of the tensor."""
+        dtype = DTYPES[self.tensor.dtype].numpy
+        assert dtype is not None
+        at = self.start + first * self.row_stride * dtype.itemsize
+        file = self.tensor.file
+        if self.col_stride < self.row_stride:  # rows with others between them
+            width = ((rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride) + 1
+            raw = np.empty(width, dtype)
+            checkpoint.pread(file, at, raw.view(np.uint8).data)
+            steps = (self.row_stride * dtype.itemsize, self.col_stride * dtype.itemsize)
+            seen = np.lib.stride_tricks.as_strided(raw, (rows, self.cols), steps)
+            return np.ascontiguousarray(seen)
+        width = (rows - 1) * self.row_stride + 1
+        lines = np.empty((self.cols, width), dtype)
+        raw_lines = lines.view(np.uint8)
+        step = self.col_stride * dtype.itemsize
+        for col in range(self.cols):
+            checkpoint.pread(file, at + col * step, raw_lines[col].data)
+        return np.ascontiguousarray(lines[:, :: self.row_stride].T)
