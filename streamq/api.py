@@ -101,10 +101,10 @@ def verify(dst: Path, source: Path | None = None) -> Report:
 
 
 def open(path: Path) -> Tensors:
-    """The tensors of a checkpoint, a mapping from names to arrays, read when looked at.
+    """The tensors of a checkpoint, names with arrays, each read when it is looked at.
 
     Quantized weights come dequantized, f32 ``[rows, cols]``, under the names they had; the
-    rest as it is stored: ``for name, array in streamq.open(path).items(): ...``.
+    rest as it is stored: ``for name, array in streamq.open(path): ...``.
     """
     from streamq.stored import open_tensors
 

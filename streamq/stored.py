@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,12 +205,12 @@ def slabs(s: Stored) -> Iterator[tuple[int, int]]:
         yield first, min(height, s.layout.rows - first)
 
 
-class Tensors(Mapping[str, Array]):
+class Tensors:
     """The tensors of a checkpoint under the names they had before it was quantized.
 
-    A mapping from names to arrays, in the order of the files; each look reads the
-    file again. Quantized weights come dequantized, as f32 of the shape they had; the
-    rest as it is stored.
+    Iterates names with arrays, in the order of the files; each look reads the file again.
+    Quantized weights come dequantized, as f32 ``[rows, cols]``, experts that share a
+    tensor as ``[experts, rows, cols]``; the rest as it is stored.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -218,21 +218,20 @@ class Tensors(Mapping[str, Array]):
         self.stored = find_stored(checkpoint)
         parts = {t.name: stack_of(s.name) or s.name
                  for s in self.stored.values() for t in s.tensors.values()}  # fmt: skip
-        self._names = dict.fromkeys(parts.get(name, name) for name in checkpoint.tensors)
+        self.names = list(dict.fromkeys(parts.get(name, name) for name in checkpoint.tensors))
         self._stacks: dict[str, list[Stored]] = {}
         for s in self.stored.values():
             if stack := stack_of(s.name):
                 self._stacks.setdefault(stack, []).append(s)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+    def __iter__(self) -> Iterator[tuple[str, Array]]:
+        for name in self.names:
+            yield name, self[name]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._names:
-            raise KeyError(name)
         if name in self._stacks:
             return np.stack([self._values(s) for s in self._stacks[name]])
         s = self.stored.get(name)

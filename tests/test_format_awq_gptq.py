@@ -135,7 +135,7 @@ def gptq_config(**more):
 
 def found_values(folder):
     with open_tensors(folder) as tensors:
-        assert list(tensors) == [M + ".weight"]
+        assert list(tensors.stored) == [M + ".weight"]
         return tensors[M + ".weight"]
 
 

@@ -128,6 +128,24 @@ def test_the_input_scale_is_the_reciprocal(tmp_path):
     assert np.frombuffer(multiplier, "f4")[0] == np.float32(1) / np.float32(24)
 
 
+def test_an_input_scale_of_the_source_is_kept(tmp_path):
+    """Calibrated ones differ from weight to weight, and are not overwritten by the constant."""
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(6)]
+    tensors = {name + ".weight": weight(i) for i, name in enumerate(names)}
+    src = write_checkpoint(tmp_path / "in", tensors)
+    run_convert(src, tmp_path / "ct", "NVFP4", format=CT)
+    scales = np.float32([[0.5], [3], [24], [100], [2688], [7]])
+    rewrite(tmp_path / "ct", lambda found: found.update(
+        {name + ".input_global_scale": s for name, s in zip(names, scales, strict=True)}
+    ))  # fmt: skip
+    run_convert(tmp_path / "ct", tmp_path / "modelopt", "NVFP4", format=MODELOPT)
+    made = tensors_of(tmp_path / "modelopt")
+    for name, s in zip(names, scales, strict=True):
+        assert made[name + ".input_scale"][1] == (np.float32(1) / s).tobytes()
+    run_convert(tmp_path / "modelopt", tmp_path / "back", "NVFP4", format=CT)
+    assert same_bytes(tmp_path / "ct", tmp_path / "back")
+
+
 # --- names, shapes, config ----------------------------------------------------------------
 
 SHAPES = {
@@ -333,7 +351,7 @@ SOURCES = {
 def test_fp8_of_others_is_read(kind, tmp_path):
     src, values = deepseek(tmp_path / "in", **SOURCES[kind])
     with open_tensors(src) as found:
-        assert sorted(found) == sorted([*values, "model.norm.weight"])
+        assert sorted(found.names) == sorted([*values, "model.norm.weight"])
         for name, wanted in values.items():
             if kind == "bf16":
                 assert np.allclose(found[name], wanted, rtol=2.0**-8, atol=0)

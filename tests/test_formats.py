@@ -303,3 +303,34 @@ def test_mxfp4_becomes_nvfp4_without_loss_where_exponents_allow(tmp_path):
         re.search(r"m.[qkv]_proj.weight' .1 such groups. are more than 17", n) for n in plan.notes
     )
     assert verify(tmp_path / "nv2").failures == []
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("compressed-tensors", "NVFP4A16"), ("modelopt", "NVFP4A16")),
+        (("compressed-tensors", "W4A16_ASYM"), ("awq", "W4A16_ASYM")),
+        (("fp8", "FP8_BLOCK"), ("plain", "F32")),
+        (("compressed-tensors", "W8A8"), ("compressed-tensors", "FP8_BLOCK")),
+    ],
+)
+def test_verify_with_a_quantized_source(first, then, made, tmp_path):
+    src, (fmt, preset) = made(*first), then
+    group = group_of(fmt, preset) if preset in SCHEMES else None
+    out = tmp_path / "out"
+    run_convert(src, out, preset, format=FORMATS[fmt], group_size=group, requantize=True)
+    with open_checkpoint(src) as c:
+        assert verify(out, c).failures == []
+    other = tmp_path / "other"
+    run_convert(src, other, "F32")
+    with open_checkpoint(other) as c:
+        target = max(
+            (t for t in c.tensors.values() if t.name in QUANTIZED), key=lambda t: t.nbytes
+        )
+    path = other / target.file
+    raw = bytearray(path.read_bytes())
+    raw[target.start : target.start + 4] = np.float32(1e3).tobytes()
+    path.write_bytes(raw)
+    with open_checkpoint(other) as c:
+        (failure,) = verify(out, c).failures
+    assert target.name in failure

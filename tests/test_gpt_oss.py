@@ -1,11 +1,14 @@
 """gpt-oss: experts of a layer in one tensor, transposed in bf16 and by rows in MXFP4."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import run_convert, tensors_of, write_checkpoint
 from streamq.kernels.reference import dequantize, quantize
 
+from streamq.checkpoint import open_checkpoint
 from streamq.errors import PlanError
 from streamq.formats import FORMATS
 from streamq.schemes import SCHEMES
@@ -73,7 +76,7 @@ def test_it_reads_again_and_goes_back_to_bf16(source, tmp_path):
     back = tensors_of(tmp_path / "bf16")
     assert sorted(back) == sorted(weights())
     with open_tensors(tmp_path / "out") as tensors:
-        assert sorted(tensors) == sorted(weights())
+        assert sorted(tensors.names) == sorted(weights())
         for name in (GATE_UP, DOWN):
             x = weights()[name]
             values = tensors[name]  # [experts, out, in], as the codes are
@@ -113,3 +116,26 @@ def test_some_experts_of_one_tensor_cannot_stay(source, tmp_path):
     out = tensors_of(tmp_path / "out")
     assert out[DOWN][1] == weights()[DOWN].tobytes()
     assert GATE_UP + "_blocks" in out
+
+
+def test_verify_compares_experts_with_their_source(source, tmp_path):
+    run_convert(source, tmp_path / "out", "MXFP4A16", format=FORMAT, ignore=("*down_proj*",))
+    run_convert(tmp_path / "out", tmp_path / "bf16", "bf16")
+    with open_checkpoint(source) as c:
+        report = verify(tmp_path / "out", c)
+    assert (report.failures, len(report.quality.by_tensor())) == ([], EXPERTS)
+    with open_checkpoint(tmp_path / "out") as c:
+        assert verify(tmp_path / "bf16", c).failures == []
+    for folder, name, at in (("out", GATE_UP + "_blocks", 7), ("bf16", GATE_UP, 6000)):
+        with open_checkpoint(tmp_path / folder) as c:
+            t = c.tensors[name]
+        path = tmp_path / folder / t.file
+        raw = bytearray(path.read_bytes())
+        raw[t.start + at] ^= 0x44
+        path.write_bytes(raw)
+    with open_checkpoint(source) as c:
+        (failure,) = verify(tmp_path / "out", c).failures
+    assert re.search(r"gate_up_proj\[0\]' at row 0, column 1[45]", failure)
+    with open_checkpoint(tmp_path / "out") as c:
+        (failure,) = verify(tmp_path / "bf16", c).failures
+    assert "gate_up_proj[0]' at row" in failure

@@ -153,7 +153,33 @@ def test_their_dequantizer_gives_our_values(scales, models, tmp_path):
     converter = FP8BlockDequantizer(targets=["re:.*_proj$"], dtype=torch.float32)
     theirs = converter.process(load_file(out / "model.safetensors"))
     with open_tensors(out) as ours:
-        assert sorted(ours) == sorted(theirs)
+        assert sorted(ours.names) == sorted(theirs)
         assert ours.stored
         for name in ours.stored:
             assert torch.equal(torch.from_numpy(ours[name]), theirs[name]), name
+
+
+@pytest.mark.parametrize(("rows", "fails"), [(192, False), (257, True)])
+def test_a_cpu_needs_whole_blocks(rows, fails, tmp_path):
+    """transformers divides the rows among the blocks, wrongly and without a word if it can.
+
+    We write the ragged block that kernels for GPUs, vLLM and compressed-tensors expect.
+    """
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": rows}))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[:128] *= 8
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    run_convert(tmp_path / "in", tmp_path / "out", "FP8_BLOCK", format=FORMATS["f32"])
+    if fails:
+        with pytest.raises(RuntimeError):
+            _load(tmp_path / "out")
+        return
+    theirs = _load(tmp_path / "out").get_parameter(name).float()
+    with open_tensors(tmp_path / "out") as tensors:
+        ours = torch.from_numpy(tensors[name])
+    assert torch.allclose(theirs[:96], ours[:96], rtol=2.0**-8)
+    assert (theirs - ours).norm() > 0.1 * ours.norm()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    right = FP8BlockDequantizer(targets=["re:.*_proj$"], dtype=torch.float32).process(tensors)
+    assert torch.equal(right[name], ours)

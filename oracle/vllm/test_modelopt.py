@@ -155,14 +155,13 @@ def _theirs(name, original, out, tokens):
     return _transformers(floats, tokens)
 
 
-def _spoiled(folder, to):
+def _spoiled(folder, to, name="model.layers.0.self_attn.q_proj.weight_scale"):
     """A copy in which a scale of one projection of fourteen lies a row or a block further on."""
     to.mkdir()
     for path in folder.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
     tensors = load_file(to / "model.safetensors")
-    scale = tensors["model.layers.0.self_attn.q_proj.weight_scale"]
-    tensors["model.layers.0.self_attn.q_proj.weight_scale"] = scale.roll(1, 0).contiguous()
+    tensors[name] = tensors[name].roll(1, 0).contiguous()
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     return to
 

@@ -18,7 +18,7 @@ from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality
 from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
-from streamq.stored import Stored, read_rows
+from streamq.stored import Stored, read, read_rows
 from streamq.tensors import DTYPES
 from streamq.views import View
 from streamq.writer import ShardWriter
@@ -102,7 +102,7 @@ class Worker:
             else:
                 self._quantize_slab(slab, above, out)
             if slab.first == 0:
-                _put_small(slab, above, sink.writer)
+                _put_small(slab, above, sink.writer, _input_scale(slab, self._source))
             self._progress(_bytes_read(slab), slab.head.name)
         out.flush()
 
@@ -284,7 +284,25 @@ def _bytes_read(slab: Slab) -> int:
     return nbytes * (done + numel) // total - nbytes * done // total
 
 
-def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
+def _input_scale(slab: Slab, source: Checkpoint) -> bytes | None:
+    """The constant scale of the activations that the source has, as the target stores it.
+
+    2688 and the largest activation make it, as they make the global scale of a weight.
+    """
+    target = slab.weights.target
+    activation = target.scheme.activation
+    if target.origin != "codes" or activation is None or not activation.local:
+        return None
+    s = slab.stored
+    if s.scheme.activation != activation:
+        return None
+    g = s.format.unpack_global(read(source, s.tensors[s.layout.entry("constant").suffix]))
+    return target.format.pack_global(g, slab.weights.numpy).tobytes()
+
+
+def _put_small(
+    slab: Slab, outer: Array | None, shard: ShardWriter, input_scale: bytes | None
+) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
     weights = slab.weights
     starts = weights.starts[slab.members[0]].tolist()
@@ -296,4 +314,4 @@ def _put_small(slab: Slab, outer: Array | None, shard: ShardWriter) -> None:
         elif entry.role == "constant":
             values = [layout.entries[i].value for layout in weights.layouts]
             kinds = weights.kind[slab.members].tolist()
-            shard.put_small(start, b"".join([values[k] for k in kinds]))
+            shard.put_small(start, input_scale or b"".join([values[k] for k in kinds]))

@@ -14,13 +14,13 @@ from pathlib import Path
 from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family
-from streamq.formats import default_format, quantization_of
+from streamq.formats import Format, default_format, quantization_of
 from streamq.stored import Stored, find_stored
 from streamq.tensors import TensorInfo
 from streamq.views import View
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
-from .experts import views_of
+from .experts import transposed, views_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
 from .types import (
@@ -38,7 +38,7 @@ from .types import (
 
 __all__ = [
     "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "make_plan", "refuse_overlap", "slab_rows",
+    "as_weights", "make_plan", "refuse_overlap", "slab_rows", "transposed", "weights_in",
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     family = Family(source.config)
     stored, lifted = lift(source, find_stored(source), options.scheme, family)
     weights: dict[str, Stored | View] = {**stored, **views_of(source, family, fmt)}
-    tensors = _as_weights(source, weights)
+    tensors = as_weights(source, weights)
     choice = choose(tensors, weights, options, family, source.config)
     homes = fuse(tensors, weights, choice, family)
     warnings = unused_patterns(tensors, options)
@@ -84,7 +84,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     )
 
 
-def _as_weights(source: Checkpoint, weights: Mapping[str, Stored | View]) -> list[TensorInfo]:
+def weights_in(source: Checkpoint, fmt: Format) -> dict[str, Stored | View]:
+    """What is not a tensor of floats by itself, by name, as seen for an output format."""
+    return {**find_stored(source), **views_of(source, Family(source.config), fmt)}
+
+
+def as_weights(source: Checkpoint, weights: Mapping[str, Stored | View]) -> list[TensorInfo]:
     """The tensors of the source; where parts of weights are, those weights stand instead.
 
     A quantized one is of f32 and stands where its codes are.

@@ -28,7 +28,7 @@ def verify(
     Structure: headers, index, total_size, names, dtypes and shapes against the config,
     finite non-zero scales, equal global scales inside fused groups. With the source:
     untouched tensors are equal byte for byte, and each weight is within half a code step
-    of its code (clipped ones aside).
+    of its code (clipped ones aside); a quantized source counts with the values of its codes.
     Raises StreamqError only where ``dst`` cannot be looked at; findings are in the report.
     """
     report = Report()
@@ -54,5 +54,5 @@ def verify(
         report.quantized = len(weights)
         check_scales(checkpoint, weights, report)
         if source is not None:
-            compare(checkpoint, source, weights, workers, progress, report)
+            compare(checkpoint, source, weights, found.format, workers, progress, report)
     return report

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import lcm, prod
 
 import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
+from streamq.formats import Format
 from streamq.kernels import reference_group
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
-from streamq.planning import slab_rows
+from streamq.planning import as_weights, slab_rows, transposed, weights_in
 from streamq.schemes import Quantized, Scheme
-from streamq.stored import Array, Stored, bytes_of, read_rows, text_of
-from streamq.tensors import DTYPES, FLOATS, TensorInfo
+from streamq.stored import SLAB, Array, Stored, bytes_of, read_rows, slabs, text_of
+from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
+from streamq.views import View
 
 from .report import Report
 
@@ -25,28 +28,41 @@ def compare(
     out: Checkpoint,
     source: Checkpoint,
     weights: list[Stored],
+    fmt: Format,
     workers: int,
     progress: Progress | None,
     report: Report,
 ) -> None:
     """Compare every tensor of ``source``; failures and SQNR go into ``report``."""
+    origins = weights_in(source, fmt)
     quantized = {s.name: s for s in weights}
     parts = {t.name for s in weights for t in s.tensors.values()}
-    report.failures += [f"{n!r} is not in the output" for n in source.tensors
-                        if n not in out.tensors and n not in quantized]  # fmt: skip
+    todo, known = [], set()
+    for t in as_weights(source, origins):
+        name = stack_of(t.name) or t.name
+        if isinstance(origins.get(t.name), View) and t.name not in quantized and name in known:
+            continue  # its tensor was copied whole
+        known.add(name)
+        if t.name in quantized or name in out.tensors:
+            todo.append(t)
+        else:
+            report.failures.append(f"{name!r} is not in the output")
     report.failures += [f"{n!r} is not in the source" for n in out.tensors
-                        if n not in source.tensors and n not in parts]  # fmt: skip
+                        if n not in known and n not in parts]  # fmt: skip
 
     def one(t: TensorInfo) -> tuple[str, str | None, float, float]:
+        origin = origins.get(t.name)
+        signal = noise = 0.0
         if t.name in quantized:
-            failure, signal, noise = _compare_weight(out, source, t, quantized[t.name])
+            failure, signal, noise = _compare_weight(out, source, t, origin, quantized[t.name])
+        elif isinstance(origin, Stored):
+            failure = _compare_values(out, source, origin)
         else:
-            failure, signal, noise = _compare_copy(out, source, t), 0.0, 0.0
+            failure = _compare_copy(out, source, origin.tensor if origin else t)
         if progress:
-            progress(t.nbytes, t.name)
+            progress(origin.nbytes if origin else t.nbytes, t.name)
         return t.name, failure, signal, noise
 
-    todo = [t for t in source.tensors.values() if t.name in quantized or t.name in out.tensors]
     with ThreadPoolExecutor(workers) as pool:
         for name, failure, signal, noise in pool.map(one, todo):
             if failure:
@@ -67,8 +83,33 @@ def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | N
     return None
 
 
+def _compare_values(out: Checkpoint, source: Checkpoint, s: Stored) -> str | None:
+    """Whether a float tensor holds what the codes of the source stand for."""
+    stack = stack_of(s.name)
+    u = out.tensors[stack or s.name]
+    dtype = DTYPES[u.dtype].numpy
+    if u.dtype not in FLOATS or dtype is None or u.shape[-1] * u.shape[-2] != prod(s.shape):
+        return f"{u.name!r} is {text_of((u.dtype, u.shape))}, the source has {list(s.shape)}"
+    view = transposed(u)[s.name] if stack else None
+    for first, rows in slabs(s):
+        with np.errstate(over="ignore"):
+            w = dequantize(read_rows(source, s, first, rows), s.scheme).astype(dtype)
+        if view is not None:
+            v = view.read(out, first, rows)
+        else:
+            width = s.layout.cols * dtype.itemsize
+            v = np.frombuffer(bytes_of(out, u, first * width, rows * width), dtype).reshape(w.shape)
+        if w.tobytes() != v.tobytes():
+            row, col = np.argwhere(w != v)[0] if (w != v).any() else (0, 0)
+            return (
+                f"{s.name!r} at row {first + row}, column {col} is {v[row, col]}, the codes of "
+                f"the source stand for {w[row, col]}"
+            )
+    return None
+
+
 def _compare_weight(
-    out: Checkpoint, source: Checkpoint, t: TensorInfo, s: Stored
+    out: Checkpoint, source: Checkpoint, t: TensorInfo, origin: Stored | View | None, s: Stored
 ) -> tuple[str | None, float, float]:
     """The first element out of bounds, and the energies of signal and error."""
     dtype, scheme = DTYPES[t.dtype].numpy, s.scheme
@@ -78,10 +119,18 @@ def _compare_weight(
     signal = noise = 0.0
     failure = None
     ulp = float(ml_dtypes.finfo(dtype).eps) / 2 + 2.0**-22
+    if isinstance(origin, Stored):  # a repacked scale may be rounded to f16 or bf16
+        ulp += 2.0**-8
     cols = s.layout.cols
-    for first, rows in _slabs(s, t):
-        raw = bytes_of(source, t, first * cols * dtype.itemsize, rows * cols * dtype.itemsize)
-        w = np.frombuffer(raw, dtype).reshape(rows, cols).astype(np.float32)
+    for first, rows in _slabs(s, t, origin):
+        if isinstance(origin, View):
+            w = origin.read(source, first, rows).astype(np.float32)
+        elif origin is not None:
+            w = dequantize(read_rows(source, origin, first, rows), origin.scheme)
+        else:
+            at = first * cols * dtype.itemsize
+            raw = bytes_of(source, t, at, rows * cols * dtype.itemsize)
+            w = np.frombuffer(raw, dtype).reshape(rows, cols).astype(np.float32)
         q = read_rows(out, s, first, rows)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             error = w - dequantize(q, scheme)
@@ -97,8 +146,9 @@ def _compare_weight(
     return failure, signal, noise
 
 
-def _slabs(s: Stored, t: TensorInfo) -> Iterator[tuple[int, int]]:
-    height = slab_rows(s.layout.row_step, s.layout.cols * DTYPES[t.dtype].itemsize)
+def _slabs(s: Stored, t: TensorInfo, origin: Stored | View | None) -> Iterator[tuple[int, int]]:
+    step = lcm(s.row_step, origin.row_step if origin else 1)
+    height = slab_rows(step, s.layout.cols * DTYPES[t.dtype].itemsize, SLAB if origin else 1 << 20)
     for first in range(0, s.layout.rows, height):
         yield first, min(height, s.layout.rows - first)
 
