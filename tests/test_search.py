@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from streamq.kernels import cpu, reference, reference_search
+from streamq.kernels import cpu, reference
+from streamq.kernels.reference import search as reference_search
 from streamq.kernels.golden import DTYPES, NUMERICS, outer_of
 
 from streamq.errors import NonFiniteError

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from streamq.kernels.reference import E4M3, refuse_non_finite
-from streamq.kernels.reference_search import searches
+from streamq.kernels.reference.search import searches
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme

@@ -1,6 +1,6 @@
 """Integers with an inverse scale in groups along rows or columns (DB-GPT, FastChat).
 
-Bit-equal to ``reference_group``. Groups of neighbouring columns are walked one by one. All
+Bit-equal to ``reference.group``. Groups of neighbouring columns are walked one by one. All
 others, down the rows or ``stride`` columns apart, are lanes that are walked together, row by
 row of a matrix ``[length, lanes]``.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 from numba.extending import register_jitable
-from streamq.kernels.reference_group import refuse_lost
+from streamq.kernels.reference.group import refuse_lost
 
 from streamq.schemes import Packing, Quantized, Scheme
 

@@ -70,8 +70,8 @@ def int_symmetric(
 
     ``lo``, ``hi``: code range. ``stored``, ``quotient``: what scale and x / scale are
     rounded to. ``eps``: the scale of a zero group, ``least`` the smallest. ``packed_bits``: 0
-    for int8 codes, else offset binary of that many bits. ``codes`` uint8 ``[rows, row bytes]``, ``scale``
-    f32 ``[rows, groups]``. Returns the bits of the largest magnitude.
+    for int8 codes, else offset binary of that many bits. ``codes`` uint8 ``[rows, row
+    bytes]``, ``scale`` f32 ``[rows, groups]``. Returns the bits of the largest magnitude.
     """
     rows, cols, width = x.shape[0], u64(x.shape[1]), u64(group)
     groups = cols // width

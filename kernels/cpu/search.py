@@ -1,11 +1,11 @@
-"""Searched scales, bit-equal to ``streamq.kernels.reference_search``: which kernel does what."""
+"""Searched scales, bit-equal to ``streamq.kernels.reference.search``: which kernel does what."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from streamq.kernels.reference_search import E4M3_STEPS, E8M0_STEPS, factors
+from streamq.kernels.reference.search import E4M3_STEPS, E8M0_STEPS, factors
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import Packing, Quantized, Scheme
@@ -41,7 +41,7 @@ def quantize(
     nibbles, scale = packing.kind == "nibbles", out.scale.view(np.uint8)
     g = np.ones(len(bits), np.float32) if outer is None else outer
     rounding = PLAIN if weight is None and scheme.scale == "e8m0" else quotient
-    kernel = search_fp4.kernel(ROUND_F32 if scheme.two_level else quotient)
+    kernel = search_fp4.kernel(ROUND_F32 if scheme.scale == "e4m3" else quotient)
     steps = _STEPS[scheme.scale]
     return kernel(bits, scheme.block[1], g, steps, rounding, nibbles, codes, scale)
 

@@ -1,4 +1,4 @@
-"""Searched scales for e2m1: NVFP4 and MXFP4. See ``streamq.kernels.reference_search``.
+"""Searched scales for e2m1: NVFP4 and MXFP4. See ``streamq.kernels.reference.search``.
 
 A block is too short to be a loop that vectorizes, so up to 256 blocks are laid out as a
 matrix whose columns they are, and one scale is tried for all of them at a time: 1.1 GB/s

@@ -1,6 +1,6 @@
 """Searched scales for integers, symmetric or with a zero point, per group or per row.
 
-See ``streamq.kernels.reference_search``.
+See ``streamq.kernels.reference.search``.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ def _input_scale(slab: Slab, source: Checkpoint) -> bytes | None:
     if target.origin != "codes" or activation is None or not activation.local:
         return None
     s = slab.stored
-    if s.scheme.activation != activation:
+    if not isinstance(s, Stored) or s.scheme.activation != activation:
         return None
     g = s.format.unpack_global(read(source, s.tensors[s.layout.entry("constant").suffix]))
     return target.format.pack_global(g, slab.weights.numpy).tobytes()

@@ -11,7 +11,7 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint
 from streamq.formats import Format
-from streamq.kernels import reference_group
+from streamq.kernels.reference import group as reference_group
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.planning import as_weights, slab_rows, transposed, weights_in
 from streamq.schemes import Quantized, Scheme

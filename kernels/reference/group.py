@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from streamq.kernels.reference import pack, refuse_non_finite
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import BYTES, Packing, Quantized, Scheme
+
+from .codes import pack, refuse_non_finite
 
 Array = np.ndarray[Any, Any]
 

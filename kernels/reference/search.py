@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from streamq.kernels import reference as ref
 
 from streamq.schemes import Numerics, Quantized, Scheme
+
+from . import codes, scales
 
 Array = np.ndarray[Any, Any]
 
@@ -94,9 +95,9 @@ def squared_errors(
     blocks: Blocks,
 ) -> Array:
     """Squared error of each block of one row, f64 ``[rows, col blocks]``."""
-    codes = ref.codes_of(w, blocks.scale, blocks.zero_point, scheme, weight, numerics)
+    tried = codes.codes_of(w, blocks.scale, blocks.zero_point, scheme, weight, numerics)
     g = outer if scheme.two_level else None
-    values = ref.dequantize(Quantized(codes, blocks.stored, blocks.zero_point, g), scheme)
+    values = codes.dequantize(Quantized(tried, blocks.stored, blocks.zero_point, g), scheme)
     error = (w - values).astype(np.float64)
     return sum_of_neighbours((error * error).reshape(len(w), blocks.scale.shape[1], -1))
 
@@ -127,24 +128,24 @@ def _candidates(
         code = absmax.stored.view(np.uint8).astype(np.int16)
         g = np.ones(1, np.float32) if outer is None else np.asarray(outer, np.float32)
         for step in E4M3_STEPS:
-            stored = np.clip(code + step, 1, 0x7E).astype(np.uint8).view(ref.E4M3)
+            stored = np.clip(code + step, 1, 0x7E).astype(np.uint8).view(codes.E4M3)
             yield Blocks(stored, stored.astype(np.float32) / g.reshape(-1, 1), None)
     elif scheme.scale == "e8m0":
         for step in E8M0_STEPS:
             byte = np.clip(absmax.stored.astype(np.int16) + step, 0, 254).astype(np.uint8)
-            scale = ref._e8m0_value(byte)
+            scale = codes.e8m0_value(byte)
             if numerics == "weight":
-                scale = ref._as(scale, weight)
+                scale = codes.round_to(scale, weight)
             # f16 has no such powers of two: nothing to try there.
             lost = (scale == 0) | np.isinf(scale)
             stored = np.where(lost, absmax.stored, byte)
             yield Blocks(stored, np.where(lost, absmax.scale, scale), None)
     elif scheme.symmetric:
-        unit = ref._block_reduce(np.abs(w), scheme, np.maximum) / ref._levels(scheme)
+        unit = codes.block_reduce(np.abs(w), scheme, np.maximum) / scales.levels(scheme)
         for factor in factors(scheme):
-            scale = ref._guarded_scale(unit * factor, scheme, weight, numerics)
+            scale = scales.guarded_scale(unit * factor, scheme, weight, numerics)
             yield Blocks(scale.astype(absmax.stored.dtype), scale, None)
     else:
         for factor in factors(scheme):
-            scale, zero = ref._asymmetric(w, scheme, weight, numerics, factor)
+            scale, zero = scales.asymmetric(w, scheme, weight, numerics, factor)
             yield Blocks(scale.astype(absmax.stored.dtype), scale, zero)
