@@ -144,7 +144,7 @@ def stored_of(
         shape = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
     scheme = scheme.folded(shape)
     tag = fmt.scale_tag(tensors, scheme)
-    layout = fmt.layout_of(shape, tag, scheme)
+    layout = fmt.as_found(fmt.layout_of(shape, tag, scheme), tensors)
     want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
     have_ = {suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}
     if want != have_:

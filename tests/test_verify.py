@@ -182,10 +182,19 @@ def test_one_step_of_an_int8_code_is_found_where_the_dtype_resolves_it(dtype, so
     assert matching(HALF_STEP, report.failures)
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "I32", "BOOL"])
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_a_source_without_the_scale_of_a_weight_is_refused(dtype, sources, output_of, tmp_path):
+    src = shutil.copytree(sources["bf16"], tmp_path / "src")
+    bits = {"F4": 4, "F6_E2M3": 6}[dtype]
+    recast(Q + ".weight", dtype=dtype, data=bytes(128 * 128 * bits // 8))(src)
+    with pytest.raises(CheckpointError, match=f"q_proj.weight'.* is {dtype} and has no"):
+        check(output_of("W4A16"), src)
+
+
+@pytest.mark.parametrize("dtype", ["I32", "BOOL"])
 def test_a_source_weight_of_another_dtype_is_found(dtype, sources, output_of, tmp_path):
     src = shutil.copytree(sources["bf16"], tmp_path / "src")
-    bits = {"F4": 4, "F6_E2M3": 6, "I32": 32, "BOOL": 8}[dtype]
+    bits = {"I32": 32, "BOOL": 8}[dtype]
     recast(Q + ".weight", dtype=dtype, data=bytes(128 * 128 * bits // 8))(src)
     failures = check(output_of("W4A16"), src).failures
     assert len(matching("q_proj.weight'", failures)) == 1, failures

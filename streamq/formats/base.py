@@ -178,6 +178,10 @@ class Format:
         """The scheme of ``rules`` with what only the tensors by suffix tell."""
         return scheme
 
+    def as_found(self, layout: Layout, found: Mapping[str, TensorInfo]) -> Layout:
+        """``layout`` with the dtypes that others give to what is no code and no scale."""
+        return layout
+
     def noted_shape(self, name: str, note: str | None, scheme: Scheme) -> tuple[int, ...] | None:
         """The shape of the weight of a module from its ``note``; None where there are none.
 

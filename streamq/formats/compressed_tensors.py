@@ -79,7 +79,7 @@ class CompressedTensors(Format):
         if scheme.element == "e2m1":
             return rows, 2 * width
         shape = found.get("weight_shape")
-        if shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
+        if shape is None or shape.dtype not in ("I64", "I32") or shape.shape != (2,):
             odd = f"{shape.dtype} {list(shape.shape)}" if shape else "absent"
             raise CheckpointError(f"{name + '.weight_shape'!r} is {odd}, not I64 [2].")
         said = read(shape).tolist()
@@ -88,6 +88,15 @@ class CompressedTensors(Format):
                 f"{name!r}: weight_shape says {said}, the codes have {rows} rows."
             )
         return said[0], said[1]
+
+    def as_found(self, layout: Layout, found: Mapping[str, TensorInfo]) -> Layout:
+        """See ``Format.as_found``: Kimi's checkpoints have their weight_shape in I32."""
+        shape = found.get("weight_shape")
+        if shape is None or shape.dtype != "I32":
+            return layout
+        entries = [e._replace(dtype="I32", size=8) if e.suffix == "weight_shape" else e
+                   for e in layout.entries]  # fmt: skip
+        return layout._replace(entries=tuple(entries))
 
     def config(
         self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]

@@ -29,7 +29,8 @@ def verify(
     finite non-zero scales, equal global scales inside fused groups. With the source:
     untouched tensors are equal byte for byte, and each weight is within half a code step
     of its code (clipped ones aside); a quantized source counts with the values of its codes.
-    Raises StreamqError only where ``dst`` cannot be looked at; findings are in the report.
+    Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
+    the report.
     """
     report = Report()
     folder = Path(dst)
