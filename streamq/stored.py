@@ -14,6 +14,7 @@ from streamq.formats import FORMATS, Entry, Format, Layout, Role, Rules, format_
 from streamq.kernels.reference import dequantize
 from streamq.schemes import Quantized, Scheme
 from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
+from streamq.views import Joined, View
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +58,10 @@ class Stored(NamedTuple):
         return self.tensors[self.layout.entry("codes").suffix]
 
 
+#: How a weight of a plan lies in a source where it is not a tensor of floats by itself.
+Where = Stored | View | Joined
+
+
 class Found(NamedTuple):
     """What a checkpoint says of its quantization: ``parts`` by module and suffix."""
 
@@ -69,8 +74,8 @@ class Found(NamedTuple):
 def look(checkpoint: Checkpoint) -> Found:
     """Read config and names. Raises CheckpointError for a quantization that is not known."""
     fmt = format_of(checkpoint.config)
+    _refuse_packed(checkpoint, fmt)
     if fmt.name == "plain":
-        _refuse_packed(checkpoint)
         return Found(fmt, lambda module: None, [], {})
     scheme_of, ignore = fmt.rules(checkpoint.config)
     parts: dict[str, dict[str, TensorInfo]] = {}
@@ -85,15 +90,20 @@ def look(checkpoint: Checkpoint) -> Found:
     return Found(fmt, scheme_of, ignore, parts)
 
 
-def _refuse_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for parts of quantized weights that no config explains."""
+def _refuse_packed(checkpoint: Checkpoint, fmt: Format) -> None:
+    """Raise CheckpointError for parts of quantized weights that the config does not explain."""
+    said = f"names the format {fmt.name}"
+    known = {*fmt.code_suffixes, *fmt.other_suffixes, "weight"}
     for f in FORMATS.values():
-        telling = {*f.code_suffixes, *f.other_suffixes} - {"weight"}
+        telling = {*f.code_suffixes} - known
+        if fmt.name == "plain":
+            said = "has no quantization_config"
+            telling |= {*f.other_suffixes}
+        endings = tuple(telling)
         for t in checkpoint.tensors.values() if telling else ():
-            if (split := f.split(t.name)) and split[1] in telling:
+            if t.name.endswith(endings) and (split := f.split(t.name)) and split[1] in telling:
                 raise CheckpointError(
-                    f"{t.name!r} belongs to a quantized weight, but config.json has no "
-                    "quantization_config."
+                    f"{t.name!r} belongs to a quantized weight, but config.json {said}."
                 )
 
 
@@ -130,7 +140,9 @@ def stored_of(
     """One weight from its tensors. Raises CheckpointError where they do not fit its scheme."""
     fmt, scheme = found.format, found.scheme_of(module)
     if scheme is None:
-        raise CheckpointError(f"{module!r} is quantized, but config.json ignores it.")
+        raise CheckpointError(
+            f"{module!r} is quantized, but config.json ignores it, or has no scheme for it."
+        )
     codes = next((tensors[s] for s in fmt.code_suffixes if s in tensors), None)
     if codes is None or len(codes.shape) < 2 or fmt.scale_suffix not in tensors:
         have = ", ".join(sorted(tensors))
@@ -141,6 +153,11 @@ def stored_of(
     note = checkpoint.metadata[codes.file].get(f"{fmt.name}:{fmt.original(module)}")
     shape = fmt.noted_shape(module, note, scheme)
     if shape is None:
+        if len(codes.shape) > 2 and not fmt.stacks:
+            raise CheckpointError(
+                f"{codes.name!r} of shape {list(codes.shape)} holds the experts of a layer in one, "
+                "which streamq cannot split yet."
+            )
         shape = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
     scheme = scheme.folded(shape)
     tag = fmt.scale_tag(tensors, scheme)

@@ -28,6 +28,11 @@ class View(NamedTuple):
     col_stride: int
 
     @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensor it lies in."""
+        return (self.tensor,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return self.rows * self.cols * DTYPES[self.tensor.dtype].itemsize
@@ -57,3 +62,54 @@ class View(NamedTuple):
         for col in range(self.cols):
             checkpoint.pread(file, at + col * step, raw_lines[col].data)
         return np.ascontiguousarray(lines[:, :: self.row_stride].T)
+
+
+class Joined(NamedTuple):
+    """The rows of several float tensors of one width, one tensor behind the other.
+
+    ``orders``: for each tensor which of its rows comes at each place, None as they lie.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    orders: tuple[Array | None, ...]
+
+    @property
+    def start(self) -> int:
+        """Absolute byte offset of the first tensor, for ordering."""
+        return self.tensors[0].start
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tensors."""
+        return sum(t.shape[0] for t in self.tensors)
+
+    @property
+    def cols(self) -> int:
+        """Columns, the same in all."""
+        return self.tensors[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def row_step(self) -> int:
+        """Rows that a slab is a multiple of."""
+        return 1
+
+    def read(self, checkpoint: Checkpoint, first: int, rows: int) -> Array:
+        """Some rows, contiguous, ``[rows, cols]`` in the dtype of the tensors."""
+        pieces, begun = [], 0
+        for t, order in zip(self.tensors, self.orders, strict=True):
+            a, b = max(first - begun, 0), min(first + rows - begun, t.shape[0])
+            begun += t.shape[0]
+            if a >= b:
+                continue
+            wanted = np.arange(a, b) if order is None else order[a:b]
+            least, most = int(wanted.min()), int(wanted.max())
+            found = np.empty((most - least + 1, self.cols), DTYPES[t.dtype].numpy)
+            at = t.start + least * found.strides[0]
+            checkpoint.pread(t.file, at, found.view(np.uint8).reshape(-1).data)
+            pieces.append(found[wanted - least])
+        return np.concatenate(pieces)

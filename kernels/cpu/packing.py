@@ -14,12 +14,35 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from streamq.schemes import Packing
+
 from .bits import JIT, u8, u32, u64
 
 Array = np.ndarray[Any, Any]
 
 #: A tile that is transposed: 16 words are a line of the cache, 16 x 256 words half of its L1.
 TILE_WORDS, TILE_ROWS = 16, 256
+
+
+def pack(codes: Array, packing: Packing) -> Array:
+    """See ``streamq.kernels.reference.pack``."""
+    codes = np.ascontiguousarray(codes)
+    if packing.kind == "bytes":
+        return codes
+    if packing.kind == "nibbles":
+        return pack_nibbles(codes.view(np.uint8))
+    return pack_words(codes, packing.bits, 1 << (packing.bits - 1))
+
+
+def unpack(packed: Array, packing: Packing, cols: int, signed: bool) -> Array:
+    """See ``streamq.kernels.reference.unpack``."""
+    packed = np.ascontiguousarray(packed)
+    if packing.kind == "bytes":
+        return packed
+    if packing.kind == "nibbles":
+        return unpack_nibbles(packed, cols)
+    codes = unpack_words(packed, packing.bits, cols, 1 << (packing.bits - 1) if signed else 0)
+    return codes if signed else codes.view(np.uint8)
 
 
 def pack_nibbles(codes: Array, out: Array | None = None) -> Array:

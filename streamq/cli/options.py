@@ -35,6 +35,8 @@ def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--format", "-f", "format_", metavar="NAME",
                      help="What loaders it is for; `streamq formats` lists them "
                           "(default: compressed-tensors)."),
+        click.option("--gpt-fast-names", is_flag=True, default=None,
+                     help="Names of gpt-fast, with q, k and v in one, for the format gpt-fast."),
         click.option("--scale-fmt", type=click.Choice(["ue8m0"]),
                      help="Scales that are powers of two, for the format fp8."),
         click.option("--group-size", type=int, metavar="N",
@@ -69,7 +71,7 @@ def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 #: Options that formats have of their own.
-FORMAT_OPTIONS = ("scale_fmt", "group_dim")
+FORMAT_OPTIONS = ("gpt_fast_names", "scale_fmt", "group_dim")
 
 
 def options_of(o: dict[str, Any], scheme: str, fmt: str | None = None) -> Any:

@@ -14,9 +14,8 @@ import numpy as np
 from streamq.formats import Layout
 from streamq.planning import SLAB, Weights, slab_rows
 from streamq.stored import SLAB as STORED_SLAB
-from streamq.stored import Stored
+from streamq.stored import Where
 from streamq.tensors import TensorInfo
-from streamq.views import View
 
 #: Elements of the longest row that flat weights are seen as.
 ROW = 1 << 16
@@ -65,7 +64,7 @@ class Slab(NamedTuple):
         return self.weights.sources[int(self.members[0])]
 
     @property
-    def stored(self) -> Stored | View:
+    def stored(self) -> Where:
         """What the only member is in the source."""
         assert self.weights.stored is not None
         return self.weights.stored[int(self.members[0])]

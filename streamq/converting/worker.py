@@ -20,7 +20,6 @@ from streamq.quality import Quality
 from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
 from streamq.stored import Stored, read, read_rows
 from streamq.tensors import DTYPES
-from streamq.views import View
 from streamq.writer import ShardWriter
 
 from .boxes import Out, Sink, Tally
@@ -227,7 +226,7 @@ class Worker:
         if slab.weights.stored is not None:
             rows = int(slab.ends[0]) // slab.layout.cols
             s = slab.stored
-            if isinstance(s, View):
+            if not isinstance(s, Stored):
                 return s.read(self._source, slab.first, rows).reshape(-1)
             q = read_rows(self._source, s, slab.first, rows)
             values: Array = self._kernels.dequantize(q, s.scheme)

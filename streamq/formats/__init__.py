@@ -25,6 +25,7 @@ __all__ = [
     "FORMATS",
     "Entry",
     "Format",
+    "GptFast",
     "Layout",
     "Plain",
     "Role",
@@ -78,7 +79,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
     """
     for f in FORMATS.values():
         if f.reads(config):
-            return f
+            return f.as_read(config)
     raise CheckpointError(
         "config.json: the quantization "
         f"{quantization_of(config).get('quant_method')!r} is none that streamq reads: "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
-from streamq.kernels.reference import E4M3, pack, unpack
+from streamq.kernels.reference import E4M3
 from streamq.schemes import FLOAT_TAGS, SCHEMES, Quantized, Scheme
 from streamq.tensors import TensorInfo, element
 
@@ -62,6 +62,13 @@ class Format:
             )
         return scheme
 
+    #: Whether the output head is quantized as any other Linear.
+    heads = False
+
+    def named_as(self, name: str) -> str:
+        """What the format calls a tensor."""
+        return name
+
     def configured(self, **options: Any) -> Format:
         """This format with options of its own, by name; None for those not given.
 
@@ -99,6 +106,8 @@ class Format:
         Contiguous; what it is made of lies as the file has it, line after line.
         """
         if role == "codes":
+            from streamq.kernels.cpu.packing import pack  # numba, when there is work to do
+
             return pack(q.codes, layout.packing)
         if role == "scale":
             return q.scale
@@ -157,6 +166,10 @@ class Format:
 
     # --- reading ------------------------------------------------------------------------
 
+    def as_read(self, config: Mapping[str, Any]) -> Format:
+        """This format with the options that a config it reads speaks of."""
+        return self
+
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json says that a checkpoint is in this format."""
         return quantization_of(config).get("quant_method") == self.method
@@ -204,6 +217,8 @@ class Format:
         if layout.packing.kind != "bytes":
             signed = scheme.element == "int"
             raw = codes.view(np.uint8).reshape(len(codes), -1)
+            from streamq.kernels.cpu.packing import unpack
+
             codes = unpack(raw, layout.packing, layout.cols, signed)
         elif scheme.element == "e4m3":
             codes = codes.view(E4M3)
@@ -227,13 +242,18 @@ def scale_tag(scheme: Scheme, dtype: str) -> str:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``quantization_config``, also under text_config and in its older spelling; {} if none."""
+    """``quantization_config``, also under text_config and in its older spelling; {} if none.
+
+    Raises CheckpointError for one that is no object.
+    """
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             if place.get(key):
                 found = place[key]
-                return found if isinstance(found, dict) else {"quant_method": found}
+                if not isinstance(found, dict):
+                    raise CheckpointError(f"config.json: {key} must be an object, got {found!r}.")
+                return found
     return {}
 
 

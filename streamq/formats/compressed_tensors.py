@@ -43,7 +43,7 @@ class CompressedTensors(Format):
     presets = tuple(SCHEMES)
     code_suffixes = ("weight_packed", "weight")
     other_suffixes = ("weight_scale", "weight_zero_point", "weight_global_scale",
-                      "input_global_scale", "weight_shape")  # fmt: skip
+                      "input_global_scale", "weight_shape", "weight_g_idx")  # fmt: skip
     mixes = True
 
     def layout(
@@ -125,10 +125,10 @@ class CompressedTensors(Format):
         quantization = quantization_of(config)
         ignore = names_of(quantization, "ignore")
         groups = quantization.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
+        groups = list(groups.values()) if isinstance(groups, dict) else []
+        if not groups or not all(isinstance(g, dict) for g in groups):
             raise CheckpointError("config.json: quantization_config has no config_groups.")
-        tests = [(_matcher(names_of(g, "targets")), _scheme_of(g))
-                 for g in groups.values() if isinstance(g, dict)]  # fmt: skip
+        tests = [(_matcher(names_of(g, "targets")), _scheme_of(g)) for g in groups]
         ignored = _matcher(ignore)
 
         def scheme_of(module: str) -> Scheme | None:

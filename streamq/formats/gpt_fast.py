@@ -13,6 +13,16 @@ from streamq.tensors import TensorInfo
 from .base import Format, Read, Rules, names_of, one_scheme, quantization_of, scale_tag
 from .layout import Layout, make_layout, rows_entry
 
+#: Parts of names in Hugging Face's llama and in gpt-fast.
+_NAMES = (
+    ("embed_tokens.", "tok_embeddings."), ("lm_head.", "output."),
+    (".self_attn.q_proj.", ".attention.wq."), (".self_attn.k_proj.", ".attention.wk."),
+    (".self_attn.v_proj.", ".attention.wv."), (".self_attn.o_proj.", ".attention.wo."),
+    (".mlp.gate_proj.", ".feed_forward.w1."), (".mlp.up_proj.", ".feed_forward.w3."),
+    (".mlp.down_proj.", ".feed_forward.w2."), (".input_layernorm.", ".attention_norm."),
+    (".post_attention_layernorm.", ".ffn_norm."),
+)  # fmt: skip
+
 
 class GptFast(Format):
     """``weight`` int8 ``[out, in]``, ``scales`` ``[out]`` in the weight's dtype.
@@ -28,6 +38,29 @@ class GptFast(Format):
     code_suffixes = ("weight",)
     other_suffixes = ("scales",)
     scale_suffix = "scales"
+
+    def __init__(self, *, names: bool = False) -> None:
+        """``names``: tensors are called as in gpt-fast, whose ``wqkv`` is q, k and v in one."""
+        self.names = self.heads = names
+
+    def configured(self, **options: Any) -> Format:
+        """See ``Format.configured``. ``gpt_fast_names``: write gpt-fast's own names."""
+        names = options.pop("gpt_fast_names", None)
+        super().configured(**options)
+        return GptFast(names=True) if names else self
+
+    def as_read(self, config: Mapping[str, Any]) -> Format:
+        """See ``Format.as_read``."""
+        return GptFast(names=quantization_of(config).get("names") == self.method)
+
+    def named_as(self, name: str) -> str:
+        """See ``Format.named_as``; the names are those of gpt-fast's convert_hf_checkpoint.py."""
+        if not self.names:
+            return name
+        name = name.removeprefix("model.")
+        for theirs, ours in _NAMES:
+            name = name.replace(theirs, ours)
+        return name
 
     def concrete(self, scheme: Scheme) -> Scheme:
         """See ``Format.concrete``. The default group of the preset becomes whole rows."""
@@ -62,6 +95,7 @@ class GptFast(Format):
             "bits": 8,
             "group_size": ALL,
             "modules_to_not_convert": ignore,
+            **({"names": self.method} if self.names else {}),
         }
         return {**config, "quantization_config": quantization}
 

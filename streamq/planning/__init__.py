@@ -15,12 +15,12 @@ from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family
 from streamq.formats import Format, default_format, quantization_of
-from streamq.stored import Stored, find_stored
+from streamq.stored import Stored, Where, find_stored
 from streamq.tensors import TensorInfo
-from streamq.views import View
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
 from .experts import transposed, views_of
+from .gpt_fast import joined_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
 from .types import (
@@ -53,8 +53,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         )
     family = Family(source.config)
     stored, lifted = lift(source, find_stored(source), options.scheme, family)
-    weights: dict[str, Stored | View] = {**stored, **views_of(source, family, fmt)}
-    tensors = as_weights(source, weights)
+    weights: dict[str, Where] = {
+        **stored, **views_of(source, family, fmt), **joined_of(source, fmt),
+    }  # fmt: skip
+    tensors = as_weights(source, weights, fmt)
     choice = choose(tensors, weights, options, family, source.config)
     homes = fuse(tensors, weights, choice, family)
     warnings = unused_patterns(tensors, options)
@@ -84,33 +86,38 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     )
 
 
-def weights_in(source: Checkpoint, fmt: Format) -> dict[str, Stored | View]:
+def weights_in(source: Checkpoint, fmt: Format) -> dict[str, Where]:
     """What is not a tensor of floats by itself, by name, as seen for an output format."""
-    return {**find_stored(source), **views_of(source, Family(source.config), fmt)}
+    return {
+        **find_stored(source), **views_of(source, Family(source.config), fmt),
+        **joined_of(source, fmt),
+    }  # fmt: skip
 
 
-def as_weights(source: Checkpoint, weights: Mapping[str, Stored | View]) -> list[TensorInfo]:
-    """The tensors of the source; where parts of weights are, those weights stand instead.
+def as_weights(source: Checkpoint, weights: Mapping[str, Where], fmt: Format) -> list[TensorInfo]:
+    """The tensors of the source, as the format calls them.
 
-    A quantized one is of f32 and stands where its codes are.
+    Where parts of weights are, those weights stand instead; a quantized one is of f32 and
+    stands where its codes are.
     """
     if not weights:
         return list(source.tensors.values())
     parts: set[str] = set()
     places: dict[str, list[TensorInfo]] = {}
     for name, w in weights.items():
-        if isinstance(w, View):
-            t = w.tensor
-            weight = TensorInfo(name, t.dtype, (w.rows, w.cols), t.file, w.start)
-            parts.add(t.name)
-        else:
+        if isinstance(w, Stored):
             t = w.codes
             weight = TensorInfo(name, "F32", w.shape, t.file, t.start)
             parts |= {part.name for part in w.tensors.values()}
+        else:
+            t = w.tensors[0]
+            weight = TensorInfo(name, t.dtype, (w.rows, w.cols), t.file, w.start)
+            parts |= {part.name for part in w.tensors}
         places.setdefault(t.name, []).append(weight)
     tensors = []
     for t in source.tensors.values():
-        tensors += places.get(t.name, [] if t.name in parts else [t])
+        renamed = t._replace(name=fmt.named_as(t.name))
+        tensors += places.get(t.name, [] if t.name in parts else [renamed])
     return tensors
 
 
@@ -119,7 +126,7 @@ def _rows(
     tensors: list[TensorInfo],
     choice: Choice,
     homes: dict[int, int],
-    weights: Mapping[str, Stored | View],
+    weights: Mapping[str, Where],
 ) -> Rows:
     """Every tensor with its target; what weights that stay are made of is copied as it is.
 
@@ -132,10 +139,11 @@ def _rows(
         number, parts = choice.numbers[i], [t]
         w = weights.get(t.name)
         if w is not None:
-            names = [w.tensor.name] if isinstance(w, View) else [
-                # The codes first, because a shard of the output is named after their file.
-                part.name for part in sorted(w.tensors.values(), key=lambda p: p != w.codes)
-            ]  # fmt: skip
+            if isinstance(w, Stored):  # the codes first, the output's shard is that of their file
+                tensors_of = sorted(w.tensors.values(), key=lambda p: p != w.codes)
+            else:
+                tensors_of = list(w.tensors)
+            names = [part.name for part in tensors_of]
             if number >= 0:
                 taken.update(names)
             else:

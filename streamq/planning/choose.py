@@ -11,9 +11,8 @@ from streamq.checkpoint import CONFIG
 from streamq.errors import PlanError
 from streamq.families import Family, collapse, is_expert_stack, matcher
 from streamq.schemes import ALL, Scheme
-from streamq.stored import Stored
+from streamq.stored import Stored, Where
 from streamq.tensors import FLOATS, TensorInfo, stack_of
-from streamq.views import View
 
 from .quantized import AlreadyQuantized, refuse_unfit
 from .types import Options, Target
@@ -43,7 +42,7 @@ def is_linear_like(t: TensorInfo) -> bool:
 
 def choose(
     tensors: list[TensorInfo],
-    stored: Mapping[str, Stored | View],
+    stored: Mapping[str, Where],
     options: Options,
     family: Family,
     config: dict[str, Any],
@@ -63,6 +62,8 @@ def choose(
     modules: dict[Scheme, list[str]] = {}
     for i, t in enumerate(tensors):
         reason = why_not(t)
+        if reason == "output head" and options.format.heads:
+            reason = None
         target: Target | None = floats
         s = stored.get(t.name)
         if isinstance(s, Stored):
@@ -176,7 +177,7 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
 
 def fuse(
     tensors: list[TensorInfo],
-    stored: Mapping[str, Stored | View],
+    stored: Mapping[str, Where],
     choice: Choice,
     family: Family,
 ) -> dict[int, int]:

@@ -22,9 +22,8 @@ from streamq.checkpoint import MAX_HEADER
 from streamq.errors import PlanError
 from streamq.formats import Layout
 from streamq.stored import SLAB as STORED_SLAB
-from streamq.stored import Stored
+from streamq.stored import Stored, Where
 from streamq.tensors import DTYPES, TensorInfo
-from streamq.views import View
 from streamq.writer import build_header, quoted
 
 from .types import SLAB, STRIP, Array, Copy, Options, ShardPlan, Target, Weights, slab_rows
@@ -45,7 +44,7 @@ class Rows(NamedTuple):
     numbers: list[int]
     homes: list[int]
     targets: list[Target]
-    stored: Mapping[str, Stored | View]
+    stored: Mapping[str, Where]
 
 
 class _Table(NamedTuple):
@@ -135,7 +134,7 @@ class _Region(NamedTuple):
     sizes: Array
 
 
-def _lay_out(name: str, table: _Table, stored: Mapping[str, Stored | View]) -> ShardPlan:
+def _lay_out(name: str, table: _Table, stored: Mapping[str, Where]) -> ShardPlan:
     """Offsets of one shard: first behind its first data byte, then behind its header."""
     parts: dict[int, _Table] = {}
     regions: dict[tuple[int, int], _Region] = {}
@@ -174,7 +173,7 @@ def _lay_out(name: str, table: _Table, stored: Mapping[str, Stored | View]) -> S
 def _notes(
     groups: list[tuple[Target | None, str]],
     parts: dict[int, _Table],
-    stored: Mapping[str, Stored | View],
+    stored: Mapping[str, Where],
 ) -> dict[str, str]:
     """What formats say in ``__metadata__`` of the weights of a shard."""
     copied = {s.codes.name: s for s in stored.values() if isinstance(s, Stored)}
@@ -194,7 +193,7 @@ def _notes(
 
 def _weights(
     table: _Table, number: int, base: int, starts: dict[tuple[int, int], Array],
-    stored: Mapping[str, Stored | View],
+    stored: Mapping[str, Where],
 ) -> Weights:  # fmt: skip
     target, dtype = table.groups[number]
     assert target is not None

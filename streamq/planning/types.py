@@ -12,9 +12,8 @@ import numpy as np
 from streamq.errors import PlanError
 from streamq.formats import Format, Layout
 from streamq.schemes import Numerics, Scheme
-from streamq.stored import Stored
+from streamq.stored import Where
 from streamq.tensors import DTYPES, TensorInfo
-from streamq.views import View
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +84,7 @@ class Weights:
     steps: Array
     places: Array
     starts: Array
-    stored: Sequence[Stored | View] | None = None
+    stored: Sequence[Where] | None = None
 
     @property
     def scheme(self) -> Scheme:

@@ -11,11 +11,11 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint
 from streamq.formats import Format
-from streamq.kernels.reference import group as reference_group
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
+from streamq.kernels.reference import group as reference_group
 from streamq.planning import as_weights, slab_rows, transposed, weights_in
 from streamq.schemes import Quantized, Scheme
-from streamq.stored import SLAB, Array, Stored, bytes_of, read_rows, slabs, text_of
+from streamq.stored import SLAB, Array, Stored, Where, bytes_of, read_rows, slabs, text_of
 from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
 from streamq.views import View
 
@@ -38,7 +38,7 @@ def compare(
     quantized = {s.name: s for s in weights}
     parts = {t.name for s in weights for t in s.tensors.values()}
     todo, known = [], set()
-    for t in as_weights(source, origins):
+    for t in as_weights(source, origins, fmt):
         name = stack_of(t.name) or t.name
         if isinstance(origins.get(t.name), View) and t.name not in quantized and name in known:
             continue  # its tensor was copied whole
@@ -58,7 +58,7 @@ def compare(
         elif isinstance(origin, Stored):
             failure = _compare_values(out, source, origin)
         else:
-            failure = _compare_copy(out, source, origin.tensor if origin else t)
+            failure = _compare_copy(out, source, origin.tensors[0] if origin else t)
         if progress:
             progress(origin.nbytes if origin else t.nbytes, t.name)
         return t.name, failure, signal, noise
@@ -109,7 +109,7 @@ def _compare_values(out: Checkpoint, source: Checkpoint, s: Stored) -> str | Non
 
 
 def _compare_weight(
-    out: Checkpoint, source: Checkpoint, t: TensorInfo, origin: Stored | View | None, s: Stored
+    out: Checkpoint, source: Checkpoint, t: TensorInfo, origin: Where | None, s: Stored
 ) -> tuple[str | None, float, float]:
     """The first element out of bounds, and the energies of signal and error."""
     dtype, scheme = DTYPES[t.dtype].numpy, s.scheme
@@ -123,7 +123,7 @@ def _compare_weight(
         ulp += 2.0**-8
     cols = s.layout.cols
     for first, rows in _slabs(s, t, origin):
-        if isinstance(origin, View):
+        if origin is not None and not isinstance(origin, Stored):
             w = origin.read(source, first, rows).astype(np.float32)
         elif origin is not None:
             w = dequantize(read_rows(source, origin, first, rows), origin.scheme)
@@ -146,7 +146,7 @@ def _compare_weight(
     return failure, signal, noise
 
 
-def _slabs(s: Stored, t: TensorInfo, origin: Stored | View | None) -> Iterator[tuple[int, int]]:
+def _slabs(s: Stored, t: TensorInfo, origin: Where | None) -> Iterator[tuple[int, int]]:
     step = lcm(s.row_step, origin.row_step if origin else 1)
     height = slab_rows(step, s.layout.cols * DTYPES[t.dtype].itemsize, SLAB if origin else 1 << 20)
     for first in range(0, s.layout.rows, height):
