@@ -293,3 +293,17 @@ def test_round_to_is_the_rounding_of_numpy(code, dtype):
         wanted = x.astype(dtype).astype(np.float32)
     got = np.array([rounder(v, code) for v in x], np.float32)
     assert equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=70))
+def test_cast_is_that_of_numpy(dtype, bits):
+    x = np.array(bits, np.uint32).view(np.float32)
+    dtype = np.dtype(dtype)
+    got, finite = cpu.cast(x, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = x.astype(dtype)
+    real = ~np.isnan(x)
+    assert got[real].tobytes() == want[real].tobytes()
+    assert np.isnan(got[~real].astype("f4")).all()
+    assert finite == np.isfinite(want.astype("f4")).all()

@@ -21,6 +21,7 @@ from . import amax as _amax
 from . import dequantize as _dequantize
 from . import error, fp8, group, integer, mx, nvfp4, search
 from .bits import INF_BITS, ROUND_BF16, ROUND_F16, ROUND_F32
+from .cast import cast as cast
 from .packing import pack_nibbles, unpack_words
 
 Array = np.ndarray[Any, Any]

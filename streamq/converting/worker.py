@@ -182,10 +182,9 @@ class Worker:
         ((e, start),) = _placed(slab)
         x = self._read(slab)
         dtype = DTYPES[FLOAT_TAGS[slab.weights.scheme.element]].numpy
-        with np.errstate(over="ignore"):
-            cast = x.astype(dtype)
-        bad = ~np.isfinite(cast.astype(np.float32))
-        if bad.any():
+        cast, finite = self._kernels.cast(x, dtype)
+        if not finite:
+            bad = ~np.isfinite(cast.astype(np.float32))
             row, col = divmod(int(np.argmax(bad)), slab.layout.cols)
             raise StreamqError(
                 f"tensor {slab.head.name!r}: the value {x[row * slab.layout.cols + col]:g} at row "
