@@ -92,19 +92,18 @@ def look(checkpoint: Checkpoint) -> Found:
 
 def _refuse_packed(checkpoint: Checkpoint, fmt: Format) -> None:
     """Raise CheckpointError for parts of quantized weights that the config does not explain."""
-    said = f"names the format {fmt.name}"
-    known = {*fmt.code_suffixes, *fmt.other_suffixes, "weight"}
+    said, telling = f"names the format {fmt.name}", set()
     for f in FORMATS.values():
-        telling = {*f.code_suffixes} - known
+        telling |= {*f.code_suffixes}
         if fmt.name == "plain":
             said = "has no quantization_config"
-            telling |= {*f.other_suffixes}
-        endings = tuple(telling)
-        for t in checkpoint.tensors.values() if telling else ():
-            if t.name.endswith(endings) and (split := f.split(t.name)) and split[1] in telling:
-                raise CheckpointError(
-                    f"{t.name!r} belongs to a quantized weight, but config.json {said}."
-                )
+            telling |= f.telling
+    telling -= {*fmt.code_suffixes, *fmt.other_suffixes, "weight"}
+    for name in checkpoint.tensors:
+        if name[name.rfind(".") + 1 :] in telling:
+            raise CheckpointError(
+                f"{name!r} belongs to a quantized weight, but config.json {said}."
+            )
 
 
 def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:

@@ -138,6 +138,11 @@ class Format:
         module, _, suffix = name.rpartition(".")
         return (module, suffix) if module else None
 
+    @property
+    def telling(self) -> set[str]:
+        """Last parts of names that only tensors of this format have."""
+        return {*self.code_suffixes, *self.other_suffixes} - {"weight"}
+
     def joined(self, module: str, suffix: str) -> str:
         """The inverse of ``split``."""
         return f"{module}.{suffix}"

@@ -64,6 +64,11 @@ class GptOss(Format):
                 return name.removesuffix(suffix), suffix
         return None
 
+    @property
+    def telling(self) -> set[str]:
+        """See ``Format.telling``."""
+        return {p + suffix for p in ("gate_up_proj", "down_proj") for suffix in _SUFFIXES}
+
     def joined(self, module: str, suffix: str) -> str:
         """See ``Format.joined``."""
         return module + suffix

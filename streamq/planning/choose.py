@@ -60,6 +60,9 @@ def choose(
     floats = Target(options.scheme, options.format, "floats", options.numerics)
     views = floats._replace(origin="views")
     modules: dict[Scheme, list[str]] = {}
+    # What the tensor before had: looking a scheme up costs more than all else here.
+    last: tuple[Target, int] | None = None
+    named: tuple[Scheme, list[str]] | None = None
     for i, t in enumerate(tensors):
         reason = why_not(t)
         if reason == "output head" and options.format.heads:
@@ -81,8 +84,12 @@ def choose(
                 target = floats._replace(scheme=scheme.folded(t.shape))
         if scheme is not None:
             scheme = replace(scheme, stride=1) if scheme.stride != 1 else scheme
-            modules.setdefault(scheme, []).append(t.name.removesuffix(".weight"))
-        choice.numbers.append(-1 if target is None else numbers.setdefault(target, len(numbers)))
+            if named is None or named[0] is not scheme:
+                named = scheme, modules.setdefault(scheme, [])
+            named[1].append(t.name.removesuffix(".weight"))
+        if target is not None and (last is None or last[0] is not target):
+            last = target, numbers.setdefault(target, len(numbers))
+        choice.numbers.append(-1 if target is None or last is None else last[1])
     choice.targets = list(numbers)
     choice.modules = modules if modules or not plain else {options.scheme: []}
     choice.notes = decide.notes()

@@ -1,0 +1,36 @@
+"""Names of modules: patterns over them, and what layers have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import translate
+
+from streamq.errors import PlanError
+
+
+def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """One test for several patterns over module names: globs, or ``re:`` and a regex.
+
+    A regex must match from the start, as ``re.match`` does in the readers of ``ignore``.
+    Raises PlanError for a regex that does not compile.
+    """
+    tests = [_compile(p) for p in patterns]
+    return lambda name: any(t.match(name) for t in tests)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        if pattern.startswith("re:"):
+            return re.compile(pattern[3:])
+        return re.compile(translate(pattern))
+    except re.error as e:
+        raise PlanError(f"the pattern {pattern!r} is not a valid regex: {e}.") from None
+
+
+_NUMBERS = re.compile(r"\.[0-9]+(?![^.])")
+
+
+def collapse(name: str) -> str:
+    """``model.layers.12.mlp`` as ``model.layers.*.mlp``: what layers have in common."""
+    return _NUMBERS.sub(".*", name)
