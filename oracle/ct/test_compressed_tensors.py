@@ -26,7 +26,19 @@ from safetensors.torch import load_file
 from streamq.kernels.reference import dequantize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from streamq.checkpoint import open_checkpoint
 from streamq.schemes import SCHEMES, resolve
+from streamq.stored import find_stored, read_rows
+
+
+def _preset(name, targets):
+    """Their preset; of asymmetric integers they name the 4-bit one only."""
+    if name.endswith("_ASYM"):
+        preset = preset_name_to_scheme("W4A16_ASYM", targets)
+        preset.weights.num_bits = resolve(name).bits
+        return preset
+    return preset_name_to_scheme(name, targets)
+
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
@@ -132,7 +144,7 @@ def test_their_decompression_gives_our_values(name, dtype, group_size, cols, tmp
     same f32 product, and for NVFP4 they divide by the global scale in f32 first, as we do.
     """
     scheme = resolve(name, group_size)
-    source, out, config = _convert(tmp_path, name, dtype, group_size, cols)
+    _, out, config = _convert(tmp_path, name, dtype, group_size, cols)
     theirs, compressor = _group(config)
     quantized, states = _ours(out), _state_dicts(out)
     assert quantized.keys() == SHAPES.keys()
@@ -190,7 +202,7 @@ OTHER_FORMAT = {"W4A8": "pack-quantized", "W4AFP8": "pack-quantized"}
 def test_the_config_is_their_preset(name, tmp_path):
     """In all that decides numbers, and in the format but for the table above."""
     _, _, config = _convert(tmp_path, name, "bf16")
-    (ours, _), preset = _group(config), preset_name_to_scheme(name, ["Linear"])
+    (ours, _), preset = _group(config), _preset(name, ["Linear"])
     assert (config.quant_method, config.quantization_status) == ("compressed-tensors", "compressed")
     assert ours.targets == preset.targets
     for part in ("weights", "input_activations", "output_activations"):
@@ -276,7 +288,7 @@ def test_transformers_computes_with_our_values(name, dtype, llamas, tmp_path):
         return
 
     # Their preset on the inputs alone, not what they read from our config.
-    preset = preset_name_to_scheme(name, ["Linear"])
+    preset = _preset(name, ["Linear"])
     preset.weights = None
     inputs = QuantizationConfig(
         config_groups={"inputs": preset}, ignore=["lm_head"], quantization_status="frozen"
