@@ -10,19 +10,19 @@ from typing import Any
 from streamq.checkpoint import Checkpoint
 from streamq.converting import Output, Summary
 from streamq.families import Family, collapse
-from streamq.formats import FORMATS
+from streamq.formats import FORMATS, default_format
 from streamq.planning import Plan
 from streamq.quality import Quality
-from streamq.schemes import block_text
+from streamq.schemes import PLAIN, SCHEMES, block_text
 from streamq.tensors import DTYPES, TensorInfo, size_text
 
 
 def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
     """A plan for programs: every tensor with what it becomes, sizes in bytes."""
-    scheme = plan.options.scheme
     quantized = [
         {
-            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "scheme": scheme.name,
+            "name": t.name, "dtype": t.dtype, "shape": list(t.shape),
+            "scheme": weights.scheme.name if plan.options.recipe else plan.scheme_names,
             "file": shard.name, "bytes_in": layout.bytes_in, "bytes_out": layout.bytes_out,
         }
         for shard in plan.shards for weights in shard.weights for t, layout in weights.pairs()
@@ -33,7 +33,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
         for t, why in plan.unquantized
     ]  # fmt: skip
     return {
-        "scheme": scheme.name,
+        "scheme": plan.scheme_names,
         "format": format_of(plan),
         "numerics": plan.options.numerics,
         "bytes_in": plan.bytes_in,
@@ -52,7 +52,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
 def show_plan(plan: Plan, workers: int, free: int | None) -> None:
     """The plan as tables: what is quantized, what is not and why, what it needs."""
     console = _console()
-    console.print(f"{plan.options.scheme.name}: {scheme_text(plan)}", soft_wrap=True, markup=False)
+    console.print(f"{plan.scheme_names}: {scheme_text(plan)}", soft_wrap=True, markup=False)
     table = _table("tensors", "shape", "dtype", "count", "in", "out")
     rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
     for shard in plan.shards:
@@ -106,7 +106,7 @@ def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
     quantized = sum(len(w.sources) for s in plan.shards for w in s.weights)
     ratio = plan.bytes_in / plan.bytes_out
     yield (
-        f"{quantized} weights to {plan.options.scheme.name}, {len(plan.unquantized)} tensors as "
+        f"{quantized} weights to {plan.scheme_names}, {len(plan.unquantized)} tensors as "
         f"they are: {size_text(plan.bytes_in)} in {_files(plan.input_files)} -> "
         f"{size_text(plan.bytes_out)} in {_files(len(plan.shards))} ({ratio:.2f}x smaller)"
     )
@@ -121,7 +121,7 @@ def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
 def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
     """What a conversion did, for programs; sizes in bytes."""
     return {
-        "dst": str(output.dst), "scheme": output.plan.options.scheme.name,
+        "dst": str(output.dst), "scheme": output.plan.scheme_names,
         "format": format_of(output.plan), "verbatim": output.plan.verbatim,
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
@@ -131,7 +131,7 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
 
 def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
     """What a conversion did."""
-    name = output.plan.options.scheme.name
+    name = output.plan.scheme_names
     if output.plan.verbatim:
         yield f"{output.dst}: the source is in {name} already, copied as it is"
         return
@@ -150,6 +150,8 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
 def scheme_text(plan: Plan) -> str:
     """What the preset means, in words."""
     s = plan.options.scheme
+    if plan.options.recipe is not None:
+        return f"by a recipe; format {format_of(plan)}"
     if s.is_float:
         return f"{s.name.lower()} weights"
     element = {"int": f"int{s.bits}", "e4m3": "FP8 e4m3", "e2m1": "FP4 e2m1"}[s.element]
@@ -185,6 +187,8 @@ def show_formats() -> None:
     for f in FORMATS.values():
         table.add_row(f.name, f.loaders, ", ".join(f.presets))
     console.print(table)
+    first, last = default_format(next(iter(SCHEMES.values()))), default_format(PLAIN["BF16"])
+    console.print(f"Without --format: {first.name}; for {', '.join(PLAIN)} {last.name}.")
 
 
 def _files(n: int) -> str:

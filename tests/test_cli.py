@@ -16,6 +16,7 @@ from helpers import tensors_of, write_checkpoint
 from streamq.checkpoint import open_checkpoint
 from streamq.cli import cli
 from streamq.families import Family
+from streamq.formats import FORMATS
 from streamq.schemes import SCHEMES
 
 BF16 = ml_dtypes.bfloat16
@@ -270,3 +271,13 @@ def test_progress_is_a_bar_in_a_terminal(source, tmp_path):
     assert process.wait() == 0
     assert b"converting" in shown
     assert b"\x1b[" in shown
+
+
+def test_formats_are_listed_with_their_schemes_and_the_default():
+    text = run("formats").stdout
+    made = json.loads(run("formats", "--json").stdout)
+    assert [f["name"] for f in made] == list(FORMATS)
+    for f in made:
+        assert f["name"] in text
+        assert f["schemes"] == list(FORMATS[f["name"]].presets)
+    assert "Without --format: compressed-tensors; for BF16, F16, F32 plain." in text

@@ -270,6 +270,7 @@ def changed(tensors, name, array):
 
 INT4 = ct(int_group())
 INT8 = np.ones((ROWS, COLS), np.int8)
+EXPERT = LAYER + "mlp.experts.down_proj"
 HALF = parts(Q) | {K + ".weight": plain(1), DOWN + ".weight": plain(2)}
 TO_W4 = ["-s", "w4a16", "--group-size", "32"]
 TO_NVFP4 = ["-s", "nvfp4a16", "--requantize"]
@@ -341,6 +342,33 @@ REFUSED = {
     "groups in another order": (
         INT4, changed(parts(OUT), OUT + ".weight_g_idx", np.zeros(COLS, np.int32)),
         rf"'{OUT}.weight_g_idx' is I32 \[128\], W4A16 has absent"),
+    "no rows": (INT4, changed(parts(OUT), OUT + ".weight_packed", np.ones((0, 16), np.int32)),
+                rf"'{OUT}.weight_packed' of shape \[0, 16\] is empty"),
+    "rows that do not fill a word": (
+        {"quant_method": "awq", "version": "gemv"},
+        {OUT + ".qweight": np.ones((1, 16), np.int32), OUT + ".qzeros": np.ones((1, 1), np.int32),
+         OUT + ".scales": np.ones((1, 8), np.float16)},
+        f"'{OUT}.qweight': 1 rows are no multiple of 8"),
+    "rotated": (ct(int_group(), transform_config={"config_groups": {"u": {}}}), parts(OUT),
+                "rotated as transform_config says"),
+    "blocks of fewer experts": (
+        {"quant_method": "mxfp4"},
+        {EXPERT + "_blocks": np.ones((1, 32, 2, 16), np.uint8),
+         EXPERT + "_scales": np.ones((2, 32, 2), np.uint8)},
+        f"'{EXPERT}' has _blocks .*_scales .*: not the same number of experts"),
+    "no experts": (
+        {"quant_method": "mxfp4"},
+        {EXPERT + "_blocks": np.ones((0, 32, 2, 16), np.uint8),
+         EXPERT + "_scales": np.ones((0, 32, 2), np.uint8), DOWN + ".weight": plain(0)},
+        f"'{EXPERT}' has .*: not the same number of experts"),
+    "a group beyond 32 bits": (
+        {"quant_method": "gptq", "group_size": 1 << 40},
+        {OUT + ".qweight": np.ones((16, 64), np.int32), OUT + ".scales": np.ones((1, 64), "f2")},
+        "GPTQ of group_size 1099511627776 is not known"),
+    "a mode that is a list": (
+        {"bits": 4, "group_size": 32, "mode": []},
+        {OUT + ".weight": np.ones((64, 16), np.uint32), OUT + ".scales": np.ones((64, 4), BF16)},
+        "the mode '..' of mlx"),
     "an unknown method": ({"quant_method": "bitsandbytes"}, parts(OUT),
                           "quantization 'bitsandbytes' is none that streamq reads: .*awq"),
     "no method": ({"bits": 4}, parts(OUT), "the quantization None is none that streamq reads"),
@@ -374,7 +402,7 @@ def test_a_source_that_is_not_as_it_says(case, options, tmp_path):
 
 
 def test_an_index_that_names_scales_that_no_shard_holds(tmp_path):
-    """As the first index of DeepSeek-V3 did."""
+    """As published ones have done."""
     tensors, config = model(FP8, fp8(OUT)[0] | fp8(DOWN)[0])
     names = list(tensors)
     source = write_checkpoint(tmp_path / "in", tensors, config, [names[:2], names[2:]])
@@ -393,7 +421,7 @@ def test_a_fused_group_that_is_quantized_in_part(options, tmp_path):
     Brought back to floats they are alike again.
     """
     source = write_checkpoint(tmp_path / "in", *model(ct(int_group(), ignore=[K, DOWN]), HALF))
-    message = f"'{Q}.weight' is quantized in the source and '{K}.weight' is not, but loaders fuse"
+    message = f"'{Q}.weight' is quantized .*and '{K}.weight' is not.*, but loaders fuse"
     refused(source, tmp_path / "out", message, *options)
     convert(source, tmp_path / "bf16", "-s", "bf16")
     convert(tmp_path / "bf16", tmp_path / "nvfp4", "-s", "nvfp4a16")
