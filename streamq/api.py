@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from streamq.errors import PlanError
 if TYPE_CHECKING:
     from streamq.converting import Settings, Summary
     from streamq.planning import Options, Plan
+    from streamq.reindexing import Summary as Reindexed
     from streamq.stored import Tensors
     from streamq.verifying import Report
 
@@ -20,8 +21,9 @@ Path = str | os.PathLike[str]
 
 
 def options(
-    scheme: str,
+    scheme: str | None = None,
     *,
+    recipe: Path | Mapping[str, Any] | None = None,
     format: str | None = None,
     group_size: int | None = None,
     scales: str = "absmax",
@@ -31,15 +33,19 @@ def options(
     input_scale: float = 1.0,
     shard_size: int | None = None,
     requantize: bool = False,
+    check_tp: Iterable[int] = (),
     **of_format: Any,
 ) -> Options:
     """What a conversion should do, as the options of the command line spell it.
 
-    ``scheme``: a preset such as "nvfp4a16", or "bf16". ``format``: see ``streamq formats``.
-    ``shard_size``: bytes. Raises PlanError for what is not known or does not fit together.
+    ``scheme``: a preset such as "nvfp4a16", or "bf16". ``recipe``: a file or its contents, see
+    docs/recipes.md; ``scheme`` is then for what no rule names. ``format``: see ``streamq formats``.
+    ``shard_size``: bytes. ``check_tp``: numbers of tensor-parallel ranks; blocks that they would
+    cut are warnings. Raises PlanError for what is not known or does not fit together.
     """
     from streamq.formats import named
     from streamq.planning import Options
+    from streamq.recipe import load
     from streamq.schemes import resolve
 
     if not (isfinite(input_scale) and input_scale > 0):
@@ -53,14 +59,29 @@ def options(
     if given and format is None:
         option = "--" + next(iter(given)).replace("_", "-")
         raise PlanError(f"{option} needs a --format that has it.")
-    chosen = replace(resolve(scheme, group_size), scales=scales)  # type: ignore[arg-type]
+    rules = None
+    if scheme is not None:
+        chosen = replace(resolve(scheme, group_size), scales=scales)  # type: ignore[arg-type]
+    if recipe is not None:
+        rules = load(recipe, scales)
+        if scheme is not None:
+            rules = replace(rules, scheme=chosen)
+        elif group_size is not None:
+            raise PlanError("--group-size is for --scheme; rules have a group_size of their own.")
+        if not rules.schemes:
+            raise PlanError("the recipe gives nothing a scheme; add a rule, or use --scheme.")
+        chosen, ignore = rules.schemes[0], (*ignore, *rules.ignore)
+        format = format or rules.format
+    elif scheme is None:
+        raise PlanError("a scheme or a recipe is needed.")
     return Options(
         chosen, tuple(ignore), tuple(only), numerics, shard_size, input_scale,  # type: ignore[arg-type]
-        named(format, **given) if format else None, requantize,
+        named(format, **given) if format else None, requantize, rules,
+        tuple(check_tp),
     )  # fmt: skip
 
 
-def plan(src: Path, scheme: str, **how: Any) -> Plan:
+def plan(src: Path, scheme: str | None = None, **how: Any) -> Plan:
     """What a conversion of the checkpoint ``src`` would do; see ``options`` for ``how``.
 
     Reads headers only. Raises StreamqError, naming the tensor, for what cannot be done.
@@ -73,7 +94,12 @@ def plan(src: Path, scheme: str, **how: Any) -> Plan:
 
 
 def convert(
-    src: Path, dst: Path, scheme: str, *, settings: Settings | None = None, **how: Any
+    src: Path,
+    dst: Path,
+    scheme: str | None = None,
+    *,
+    settings: Settings | None = None,
+    **how: Any,
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
@@ -89,15 +115,54 @@ def convert(
         return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
 
 
-def verify(dst: Path, source: Path | None = None) -> Report:
-    """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``."""
+def reindex(
+    src: Path,
+    dst: Path,
+    *,
+    fuse: bool = False,
+    split: bool = False,
+    rename: Iterable[tuple[str, str]] = (),
+    shard_size: int | None = None,
+    settings: Settings | None = None,
+) -> Reindexed:
+    """Re-shard the checkpoint ``src`` into the new directory ``dst``, without quantizing.
+
+    Fused groups come into one shard. ``fuse``: concatenate q, k and v, gate and up. ``split``:
+    take apart what is concatenated. ``rename``: regexes over names of tensors, with what they
+    become. ``shard_size``: bytes. Raises StreamqError; ``dst`` is then as it was.
+    """
+    from streamq.checkpoint import open_checkpoint
+    from streamq.converting import Settings, default_workers
+    from streamq.planning import refuse_overlap
+    from streamq.reindexing import Options, make_plan
+    from streamq.reindexing import reindex as run
+
+    refuse_overlap(src, dst)
+    s = settings or Settings()
+    with open_checkpoint(src) as source:
+        return run(
+            source, make_plan(source, Options(fuse, split, shard_size, tuple(rename))), dst,
+            workers=s.workers or default_workers(), max_memory=s.max_memory, sync=s.sync,
+            overwrite=s.overwrite, progress=s.progress,
+        )  # fmt: skip
+
+
+def verify(
+    dst: Path, source: Path | None = None, *, recipe: Path | Mapping[str, Any] | None = None
+) -> Report:
+    """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``.
+
+    ``recipe``: that of ``dst``, where it declares fused groups or layouts of experts.
+    """
     from contextlib import nullcontext
 
     from streamq.checkpoint import open_checkpoint
+    from streamq.recipe import load
     from streamq.verifying import verify as run
 
+    rows = load(recipe) if recipe is not None else None
     with open_checkpoint(source) if source is not None else nullcontext() as original:
-        return run(dst, original)
+        return run(dst, original, recipe=rows)
 
 
 def open(path: Path) -> Tensors:

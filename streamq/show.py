@@ -17,7 +17,7 @@ from streamq.schemes import PLAIN, SCHEMES, block_text
 from streamq.tensors import DTYPES, TensorInfo, size_text
 
 
-def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
+def plan_json(plan: Plan, workers: int, free: int | None, held: int = 0) -> dict[str, Any]:
     """A plan for programs: every tensor with what it becomes, sizes in bytes."""
     quantized = [
         {
@@ -38,7 +38,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
         "numerics": plan.options.numerics,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
-        "peak_memory": plan.peak_memory(workers),
+        "peak_memory": plan.peak_memory(workers, held),
         "disk_needed": plan.disk_needed,
         "disk_free": free,
         "workers": workers,
@@ -49,7 +49,7 @@ def plan_json(plan: Plan, workers: int, free: int | None) -> dict[str, Any]:
     }
 
 
-def show_plan(plan: Plan, workers: int, free: int | None) -> None:
+def show_plan(plan: Plan, workers: int, free: int | None, held: int = 0) -> None:
     """The plan as tables: what is quantized, what is not and why, what it needs."""
     console = _console()
     console.print(f"{plan.scheme_names}: {scheme_text(plan)}", soft_wrap=True, markup=False)
@@ -74,7 +74,7 @@ def show_plan(plan: Plan, workers: int, free: int | None) -> None:
         table.add_row(name, _shape(shape), dtype, str(count), size_text(size), why)
     if kept:
         console.print(table)
-    for line in plan_lines(plan, workers, free):
+    for line in plan_lines(plan, workers, free, held):
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -101,7 +101,7 @@ def _add_rows(table: Any, rows: dict[tuple[str, tuple[int, ...], str], list[int]
         table.add_row(name, _shape(shape), dtype, str(count), size_text(size), size_text(out))
 
 
-def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
+def plan_lines(plan: Plan, workers: int, free: int | None, held: int = 0) -> Iterator[str]:
     """The plan in a few lines, before the work."""
     quantized = sum(len(w.sources) for s in plan.shards for w in s.weights)
     ratio = plan.bytes_in / plan.bytes_out
@@ -111,7 +111,7 @@ def plan_lines(plan: Plan, workers: int, free: int | None) -> Iterator[str]:
         f"{size_text(plan.bytes_out)} in {_files(len(plan.shards))} ({ratio:.2f}x smaller)"
     )
     disk = "" if free is None else f", disk {size_text(plan.disk_needed)} of {size_text(free)} free"
-    yield f"{workers} workers, peak memory about {size_text(plan.peak_memory(workers))}{disk}"
+    yield f"{workers} workers, peak memory about {size_text(plan.peak_memory(workers, held))}{disk}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for note in plan.notes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamq.checkpoint import Checkpoint, open_checkpoint
-from streamq.errors import CheckpointError
+from streamq.errors import CheckpointError, PlanError
 from streamq.formats import FORMATS, Entry, Format, Layout, Role, Rules, format_of
 from streamq.kernels.reference import dequantize
 from streamq.schemes import Quantized, Scheme
@@ -81,7 +81,8 @@ def look(checkpoint: Checkpoint) -> Found:
     parts: dict[str, dict[str, TensorInfo]] = {}
     telling = {*fmt.code_suffixes, *fmt.other_suffixes} - {"weight"}
     for t in checkpoint.tensors.values():
-        if (split := fmt.split(t.name)) and split[1] in telling:
+        split = fmt.split(t.name)
+        if split and split[1] in telling and not _is_ordinary(checkpoint, t.name):
             parts.setdefault(split[0], {})[split[1]] = t
     if "weight" in fmt.code_suffixes:
         for module, found in parts.items():
@@ -100,10 +101,19 @@ def _refuse_packed(checkpoint: Checkpoint, fmt: Format) -> None:
             telling |= f.telling
     telling -= {*fmt.code_suffixes, *fmt.other_suffixes, "weight"}
     for name in checkpoint.tensors:
-        if name[name.rfind(".") + 1 :] in telling:
+        if name[name.rfind(".") + 1 :] in telling and not _is_ordinary(checkpoint, name):
             raise CheckpointError(
                 f"{name!r} belongs to a quantized weight, but config.json {said}."
             )
+
+
+def _is_ordinary(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor called scales or biases is a float that no codes lie beside."""
+    module, _, suffix = name.rpartition(".")
+    if suffix not in ("scales", "biases") or checkpoint.tensors[name].dtype not in FLOATS:
+        return False
+    beside = (checkpoint.tensors.get(f"{module}.{s}") for s in ("weight", "qweight"))
+    return all(t is None or t.dtype in FLOATS for t in beside)
 
 
 def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -148,6 +158,8 @@ def stored_of(
         raise CheckpointError(
             f"{module!r} has {have}: no weight of two dimensions with its {fmt.scale_suffix}."
         )
+    if 0 in codes.shape:
+        raise CheckpointError(f"{codes.name!r} of shape {list(codes.shape)} is empty.")
     scheme = fmt.as_stored(scheme, tensors)
     note = checkpoint.metadata[codes.file].get(f"{fmt.name}:{fmt.original(module)}")
     shape = fmt.noted_shape(module, note, scheme)
@@ -160,7 +172,10 @@ def stored_of(
         shape = fmt.shape_of(module, tensors, scheme, lambda t: read(checkpoint, t))
     scheme = scheme.folded(shape)
     tag = fmt.scale_tag(tensors, scheme)
-    layout = fmt.as_found(fmt.layout_of(shape, tag, scheme), tensors)
+    try:
+        layout = fmt.as_found(fmt.layout_of(shape, tag, scheme), tensors)
+    except PlanError as e:
+        raise CheckpointError(f"{codes.name!r}: {e}.") from None
     want = {e.suffix: (e.dtype, e.shape) for e in layout.entries}
     have_ = {suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}
     if want != have_:
@@ -204,7 +219,7 @@ def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Arr
             at = t.start + line * e.stride + start
             c.pread(t.file, at, view[line * width : (line + 1) * width])
         raw = bytes(buffer)
-    shape = (-1, *e.shape[1:]) if e.lines == 1 else (e.lines, -1)
+    shape = (e.lines, -1) if e.transposed else (-1, *e.shape[1:])
     return np.frombuffer(raw, dtype).reshape(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -96,14 +97,18 @@ class TensorInfo(NamedTuple):
         return self.start + self.nbytes
 
 
+_ELEMENT = re.compile(r"(.*)\[#\d+\]")
+
+
 def element(name: str, i: int) -> str:
     """How the ``i``-th weight of a tensor that holds several is called."""
-    return f"{name}[{i}]"
+    return f"{name}[#{i}]"
 
 
 def stack_of(name: str) -> str | None:
     """The tensor that such a weight lies in, None for one that is a tensor of its own."""
-    return name[: name.rindex("[")] if name.endswith("]") else None
+    found = _ELEMENT.fullmatch(name) if name.endswith("]") else None
+    return found[1] if found else None
 
 
 def size_text(n: float) -> str:

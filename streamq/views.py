@@ -11,13 +11,16 @@ from streamq.tensors import DTYPES, TensorInfo
 
 Array = np.ndarray[Any, Any]
 
+#: Columns that are transposed in one go: 5.3 GB/s, with 32 or 256 of them 1.8 (u16, 1638 rows).
+LINES = 64
+
 
 class View(NamedTuple):
     """A float weight of ``rows`` and ``cols`` in ``tensor``.
 
     ``start``: absolute byte offset of its first element. ``row_stride``, ``col_stride``: elements
     from one row, or one column, to the next; one of them is small (1, or 2 where two
-    weights interleave).
+    weights interleave). A vector has one column, and no column stride.
     """
 
     tensor: TensorInfo
@@ -26,6 +29,16 @@ class View(NamedTuple):
     cols: int
     row_stride: int
     col_stride: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(rows, cols)``, or ``(rows,)`` of a vector."""
+        return (self.rows, self.cols) if self.col_stride else (self.rows,)
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether its elements lie one behind the other."""
+        return self.row_stride == self.cols and self.col_stride in (0, 1)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -55,13 +68,17 @@ class View(NamedTuple):
             steps = (self.row_stride * dtype.itemsize, self.col_stride * dtype.itemsize)
             seen = np.lib.stride_tricks.as_strided(raw, (rows, self.cols), steps)
             return np.ascontiguousarray(seen)
-        width = (rows - 1) * self.row_stride + 1
-        lines = np.empty((self.cols, width), dtype)
+        bits = np.dtype(f"u{dtype.itemsize}")
+        out = np.empty((rows, self.cols), bits)
+        lines = np.empty((min(LINES, self.cols), (rows - 1) * self.row_stride + 1), bits)
         raw_lines = lines.view(np.uint8)
         step = self.col_stride * dtype.itemsize
-        for col in range(self.cols):
-            checkpoint.pread(file, at + col * step, raw_lines[col].data)
-        return np.ascontiguousarray(lines[:, :: self.row_stride].T)
+        for left in range(0, self.cols, LINES):
+            n = min(LINES, self.cols - left)
+            for i in range(n):
+                checkpoint.pread(file, at + (left + i) * step, raw_lines[i].data)
+            out[:, left : left + n] = lines[:n, :: self.row_stride].T
+        return out.view(dtype)
 
 
 class Joined(NamedTuple):
@@ -77,6 +94,11 @@ class Joined(NamedTuple):
     def start(self) -> int:
         """Absolute byte offset of the first tensor, for ordering."""
         return self.tensors[0].start
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, cols)``."""
+        return self.rows, self.cols
 
     @property
     def rows(self) -> int:

@@ -336,7 +336,7 @@ TAMPERS = [Tamper(*row) for row in [
     ("no quantization_config", "NVFP4", ALONE,
      in_json("config.json", lambda c: c.pop("quantization_config")), ONE_GROUP),
     ("quantization_config is text", "NVFP4", ALONE,
-     in_json("config.json", lambda c: c.update(quantization_config="x")), "quantization 'x'"),
+     in_json("config.json", lambda c: c.update(quantization_config="x")), "must be an object"),
     ("two config groups", "NVFP4", ALONE,
      config(lambda q: q["config_groups"].update(group_1={})), UNKNOWN),
     ("unknown scheme", "NVFP4", ALONE, weights(num_bits=5), UNKNOWN),

@@ -133,7 +133,7 @@ def test_several_outputs_in_words_and_json(source, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["out", "--to", "w4a16:x"], "DST and --scheme go without"),
+        (["out", "--to", "w4a16:x"], "DST, --scheme, --recipe and targets go without"),
         (["--to", "w4a16"], r"'w4a16' is not \[FORMAT/\]SCHEME:DST"),
         (["--to", "w4a16:x", "--to", "w8a8:x"], "two outputs in one directory"),
         (["out"], "Missing option '--scheme'"),

@@ -113,7 +113,7 @@ def test_two_schemes_in_one_checkpoint(tmp_path):
              "model.layers.2.mlp.down_proj.weight": matrix(seed=2)}  # fmt: skip
     src = model(tmp_path / "in", **other)
     run_convert(src, tmp_path / "some", "W8A16", only=(NAME,), format=MLX)
-    run_convert(tmp_path / "some", tmp_path / "all", "MXFP4A16", format=MLX)
+    run_convert(tmp_path / "some", tmp_path / "all", "MXFP4A16", only=("*",), format=MLX)
     config = config_of(tmp_path / "all")
     assert config["quantization"] == {
         "group_size": 32, "bits": 4, "mode": "mxfp4", HEAD: False, EMBEDDING: False,

@@ -111,7 +111,7 @@ def test_only_experts_of_gpt_oss_fit(tmp_path):
 
 def test_some_experts_of_one_tensor_cannot_stay(source, tmp_path):
     with pytest.raises(PlanError, match=r"some weights of '.*(gate_up|down)_proj' would stay"):
-        run_convert(source, tmp_path / "out", "MXFP4A16", format=FORMAT, ignore=("*proj?1?",))
+        run_convert(source, tmp_path / "out", "MXFP4A16", format=FORMAT, ignore=("*proj??1?",))
     run_convert(source, tmp_path / "out", "MXFP4A16", format=FORMAT, ignore=("*down_proj*",))
     out = tensors_of(tmp_path / "out")
     assert out[DOWN][1] == weights()[DOWN].tobytes()
@@ -135,7 +135,7 @@ def test_verify_compares_experts_with_their_source(source, tmp_path):
         path.write_bytes(raw)
     with open_checkpoint(source) as c:
         (failure,) = verify(tmp_path / "out", c).failures
-    assert re.search(r"gate_up_proj\[0\]' at row 0, column 1[45]", failure)
+    assert re.search(r"gate_up_proj\[#0\]' at row 0, column 1[45]", failure)
     with open_checkpoint(tmp_path / "out") as c:
         (failure,) = verify(tmp_path / "bf16", c).failures
-    assert "gate_up_proj[0]' at row" in failure
+    assert "gate_up_proj[#0]' at row" in failure

@@ -18,10 +18,11 @@ FLOORS = [
     {"tensors"},
     {"schemes"},
     {"checkpoint", "writer", "families", "kernels"},
-    {"formats", "quality", "views"},
+    {"formats", "quality", "recipe", "views"},
     {"stored"},
     {"planning"},
-    {"converting", "verifying", "progress"},
+    {"converting", "measure", "reindexing", "verifying", "progress"},
+    {"allocate"},
     {"show", "api"},
     {"cli"},
 ]

@@ -70,6 +70,7 @@ def test_our_rules_are_theirs_where_targets_overlap(targets, ignore):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "moe-kind" in n or "mla-kind" in n])
 def test_the_group_that_transformers_takes_for_fused_experts(name):
+    """The one that has them on disk, where all have one scheme."""
     config, modules = CASES[name]
     theirs = QuantizationConfig.model_validate(config["quantization_config"])
     found = get_experts_scheme(theirs)

@@ -9,6 +9,7 @@ import torch
 sys.modules |= dict.fromkeys(("torchaudio", "torchcodec", "torchvision"))  # as in test_vllm.py
 
 from mixed import FUSED, configs, layers_of  # noqa: E402
+from test_vllm import _transformers, _vllm, source  # noqa: E402, F401
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
     CompressedTensorsConfig,
 )
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import (  
     should_ignore_layer,
 )
 
+from streamq import api  # noqa: E402
 from streamq.verifying.readers import Readers, Split  # noqa: E402
 
 CASES = {name: (config, modules) for name, config, modules in configs()}
@@ -38,6 +40,7 @@ def _theirs(config):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_gets_the_scheme_of_the_plan(name):
+    """Also the layers that it makes of several modules."""
     config, modules = CASES[name]
     theirs, readers = _theirs(config), Readers(config["quantization_config"])
     experts = _layer("RoutedExperts")
@@ -95,3 +98,17 @@ def test_our_rules_are_theirs_where_targets_overlap(targets, ignore):
                     readers.vllm(layer, cls, FUSED)
                 continue
             assert readers.vllm(layer, cls, FUSED) == found, (layer, cls)
+
+
+def test_vllm_runs_a_mixed_model_as_transformers_does(source, tmp_path):  # noqa: F811
+    """Three schemes, one of them in one layer only; the bound is that of FP8_DYNAMIC alone."""
+    recipe = {
+        "scheme": "w4a16",
+        "rule": [{"pattern": "*.self_attn.*", "scheme": "fp8_dynamic"},
+                 {"pattern": "model.layers.1.mlp.down_proj", "scheme": "w8a8"}],
+    }  # fmt: skip
+    api.convert(source, tmp_path / "out", recipe=recipe)
+    tokens, found = _vllm(tmp_path / "out")
+    assert abs(found - _transformers(tmp_path / "out", tokens)).mean() < 0.02
+    apart = abs(found - _transformers(source, tokens)).mean()
+    assert apart > 0.02  # it is not the model as it was

@@ -7,10 +7,10 @@ import os
 import sys
 from typing import NoReturn
 
-from . import convert, look
+from . import allocate, convert, look, reindex
 from .group import cli
 
-__all__ = ["cli", "convert", "look", "main"]
+__all__ = ["allocate", "cli", "convert", "look", "main", "reindex"]
 
 
 def main() -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from .allocate import allocated, is_allocated, refuse_beside_target, target_options
 from .group import cli
 from .options import options_of, scheme_options, settings_of
 
@@ -16,7 +17,7 @@ from .options import options_of, scheme_options, settings_of
 class Wanted(NamedTuple):
     """One output: scheme, format if one is named, directory if there is one."""
 
-    scheme: str
+    scheme: str | None
     format: str | None
     dst: str | None
 
@@ -24,11 +25,15 @@ class Wanted(NamedTuple):
 def _wanted(dst: str | None, o: dict[str, Any]) -> list[Wanted]:
     """The outputs of a command line: DST with --scheme, or every --to."""
     if not o["to"]:
-        if not o["scheme"]:
-            raise click.UsageError("Missing option '--scheme' / '-s'.")
+        if is_allocated(o):
+            refuse_beside_target(o)
+        elif not o["scheme"] and not o["recipe"]:
+            raise click.UsageError("Missing option '--scheme' / '-s', or '--recipe'.")
         return [Wanted(o["scheme"], None, dst)]
-    if dst is not None or o["scheme"]:
-        raise click.UsageError("--to names schemes and directories; DST and --scheme go without.")
+    if dst is not None or o["scheme"] or o["recipe"] or is_allocated(o):
+        raise click.UsageError(
+            "--to names schemes and directories; DST, --scheme, --recipe and targets go without."
+        )
     found = []
     for text in o["to"]:
         what, _, folder = text.partition(":")
@@ -45,6 +50,24 @@ def _wanted(dst: str | None, o: dict[str, Any]) -> list[Wanted]:
     return found
 
 
+def _outputs(source: Any, wanted: list[Wanted], o: dict[str, Any]) -> list[Any]:
+    """The plan and the directory of each output."""
+    from streamq.converting import Output
+    from streamq.planning import make_plan
+
+    found = []
+    for w in wanted:
+        said: list[str] = []
+        if is_allocated(o):
+            options, said = allocated(source, o)
+        else:
+            options = options_of(o, w.scheme, w.format)
+        made = make_plan(source, options)
+        made.notes += said
+        found.append(Output(made, Path(w.dst or "")))
+    return found
+
+
 _to = click.option(
     "--to", multiple=True, metavar="[FORMAT/]SCHEME:DST",
     help="Several outputs from one pass over SRC, instead of DST and --scheme. Repeatable.",
@@ -55,6 +78,7 @@ _to = click.option(
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path(), required=False)
 @scheme_options
+@target_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
     """Show what a conversion of SRC would do, without writing anything.
@@ -67,27 +91,29 @@ def plan(src: str, dst: str | None, **o: Any) -> None:
 def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq import show
     from streamq.checkpoint import open_checkpoint
-    from streamq.converting import Output, workers_of
-    from streamq.planning import make_plan
+    from streamq.converting import held_by, workers_of
     from streamq.writer import free_bytes
 
     with open_checkpoint(src) as source:
-        outputs = [Output(make_plan(source, options_of(o, w.scheme, w.format)), Path(w.dst or ""))
-                   for w in wanted]  # fmt: skip
+        outputs = _outputs(source, wanted, o)
         workers = workers_of(outputs, settings_of(o))
         free = [free_bytes(Path(w.dst)) if w.dst else None for w in wanted]
     if o["as_json"]:
-        plans = [show.plan_json(x.plan, workers, f) for x, f in zip(outputs, free, strict=True)]
+        plans = [
+            show.plan_json(x.plan, workers, f, held_by(outputs))
+            for x, f in zip(outputs, free, strict=True)
+        ]
         click.echo(json.dumps(plans if o["to"] else plans[0], indent=2))
         return
     for output, f in zip(outputs, free, strict=True):
-        show.show_plan(output.plan, workers, f)
+        show.show_plan(output.plan, workers, f, held_by(outputs))
 
 
 @cli.command()
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path(), required=False)
 @scheme_options
+@target_options
 @_to
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
@@ -102,8 +128,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     """
     from streamq import show
     from streamq.checkpoint import open_checkpoint
-    from streamq.converting import Output, check_outputs, convert_all, workers_of
-    from streamq.planning import make_plan, refuse_overlap
+    from streamq.converting import check_outputs, convert_all, held_by, workers_of
+    from streamq.planning import refuse_overlap
     from streamq.progress import progress
 
     wanted = _wanted(dst, o)
@@ -116,12 +142,11 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     for w in wanted:
         refuse_overlap(src, w.dst or "")
     with open_checkpoint(src) as source:
-        outputs = [Output(make_plan(source, options_of(o, w.scheme, w.format)), Path(w.dst or ""))
-                   for w in wanted]  # fmt: skip
+        outputs = _outputs(source, wanted, o)
         workers = workers_of(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])
         for output in outputs:
-            for line in show.plan_lines(output.plan, workers, free):
+            for line in show.plan_lines(output.plan, workers, free, held_by(outputs)):
                 say(line)
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:

@@ -41,9 +41,10 @@ def inspect(src: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("dst", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
+@click.option("--recipe", type=click.Path(), help="That of DST, if it declares groups or experts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
-def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
+def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quiet: bool) -> None:
     """Check the quantized checkpoint DST; with --source, every element of it.
 
     Exit code 3 if anything fails.
@@ -54,12 +55,15 @@ def verify(dst: str, source: str | None, as_json: bool, quiet: bool) -> None:
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import default_workers
     from streamq.progress import progress
+    from streamq.recipe import load
     from streamq.verifying import verify as run
+
+    rows = load(recipe) if recipe else None
 
     with open_checkpoint(source) if source else nullcontext() as original:
         total = original.nbytes if original else 0
         with progress(total, "verifying", quiet or as_json or not original) as advance:
-            report = run(dst, original, workers=default_workers(), progress=advance)
+            report = run(dst, original, recipe=rows, workers=default_workers(), progress=advance)
     if as_json:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,

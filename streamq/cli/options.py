@@ -26,12 +26,23 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
     return int(size)
 
 
+def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Numbers of ranks from 2,4,8."""
+    parts = value.split(",") if value else []
+    if not all(part.strip().isdigit() and int(part) > 1 for part in parts):
+        raise click.BadParameter(f"{value!r} is not numbers above one, such as 2,4,8")
+    return tuple(int(part) for part in parts)
+
+
 def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
     """What decides the bytes of the output: the same options for plan and convert."""
     for option in reversed([
         click.option("--scheme", "-s", metavar="NAME",
                      help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
                           "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
+        click.option("--recipe", type=click.Path(), metavar="FILE",
+                     help="Rules that give modules their schemes, in TOML or YAML "
+                          "(docs/recipes.md); --scheme is then for the rest."),
         click.option("--format", "-f", "format_", metavar="NAME",
                      help="What loaders it is for; `streamq formats` lists them "
                           "(default: compressed-tensors)."),
@@ -53,6 +64,9 @@ def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Leave these modules as they are; a glob, or re:REGEX. Repeatable."),
         click.option("--only", multiple=True, metavar="PATTERN",
                      help="Quantize only these modules; a glob, or re:REGEX. Repeatable."),
+        click.option("--check-tp", callback=ranks, metavar="N,N,...",
+                     help="Warn of blocks and groups that so many tensor-parallel ranks would "
+                          "cut, such as 2,4,8."),
         click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
                      show_default=True,
                      help="Arithmetic in f32, or in the weight's dtype as llm-compressor does."),
@@ -74,15 +88,19 @@ def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
 FORMAT_OPTIONS = ("gpt_fast_names", "scale_fmt", "group_dim")
 
 
-def options_of(o: dict[str, Any], scheme: str, fmt: str | None = None) -> Any:
+def options_of(o: dict[str, Any], scheme: str | None, fmt: str | None = None) -> Any:
     """The planner's Options of a command line, for one scheme and format."""
     from streamq.api import options
+    from streamq.formats import named
     from streamq.schemes import has_groups
 
     names = ("group_size", "scales", "ignore", "only", "numerics", "input_scale", "shard_size",
-             "requantize")  # fmt: skip
-    if o["to"] and not has_groups(scheme):
+             "requantize", "recipe", "check_tp")  # fmt: skip
+    if scheme and o["to"] and not has_groups(scheme):
         o = {**o, "group_size": None}  # for those of several outputs that have groups
+    if o["to"]:
+        has = named(fmt).options if fmt else ()
+        o = {**o, **{k: None for k in FORMAT_OPTIONS if k not in has}}
     return options(
         scheme, format=fmt or o["format_"], **{k: o[k] for k in names},
         **{k: o[k] for k in FORMAT_OPTIONS if k in o},

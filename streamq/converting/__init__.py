@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
@@ -130,8 +131,26 @@ def workers_of(outputs: list[Output], settings: Settings) -> int:
     Raises PlanError where not even one fits.
     """
     wanted = settings.workers or default_workers()
-    held = JOB if len(outputs) > 1 else 0
-    return min(o.plan.workers_within(wanted, settings.max_memory, held) for o in outputs)
+    return min(
+        o.plan.workers_within(wanted, settings.max_memory, held_by(outputs)) for o in outputs
+    )
+
+
+def held_by(outputs: list[Output]) -> int:
+    """Bytes of the source that each worker keeps while it makes several outputs of them."""
+    return JOB if len(outputs) > 1 else 0
+
+
+def refuse_entangled(folders: list[Path]) -> None:
+    """Raise PlanError where one output would lie in another, or be built where another is."""
+    taken: list[tuple[Path, Path]] = []
+    for folder in folders:
+        places = [folder.resolve(), folder.with_name(folder.name + ".partial").resolve()]
+        for place in places:
+            for other, of in taken:
+                if place == other or place in other.parents or other in place.parents:
+                    raise PlanError(f"the outputs {of} and {folder} overlap; choose other places.")
+        taken += [(place, folder) for place in places]
 
 
 def check_outputs(outputs: list[Output], overwrite: bool) -> int:
@@ -139,6 +158,7 @@ def check_outputs(outputs: list[Output], overwrite: bool) -> int:
 
     Returns the free bytes of the first. Raises WriteError; those on one disk share it.
     """
+    refuse_entangled([o.dst for o in outputs])
     free = []
     for o in outputs:
         together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
@@ -149,18 +169,20 @@ def check_outputs(outputs: list[Output], overwrite: bool) -> int:
 def _finish(source: Checkpoint, plan: Plan, target: Destination, progress: Progress) -> None:
     """All files but the shards; all files at all of a source that is what is wanted."""
     if plan.verbatim:
-        index = [INDEX] if (source.root / INDEX).is_file() else []
+        index = [path.name for path in source.root.glob("*.safetensors.index.json")]
         for name in [*source.others, *index, *source.files]:
             target.copy_file(source.root / name, name)
             progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
         return
     for name in plan.others:
-        if name != CONFIG and name not in plan.files:
+        if name != CONFIG and name not in plan.files and name not in plan.texts:
             target.copy_file(source.root / name, name)
     if len(plan.shards) > 1:
         target.write_text(INDEX, plan.index())
     for name, value in {**plan.files, CONFIG: plan.config}.items():
         target.write_json(name, value)
+    for name, text in plan.texts.items():
+        target.write_text(name, [text])
 
 
 def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:

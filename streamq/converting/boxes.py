@@ -130,7 +130,7 @@ class Out:
 
     def put(self, slab: Slab, e: Entry, start: int, data: Array) -> None:
         """What the rows of a slab became."""
-        if e.lines > 1:
+        if e.transposed:
             self._strips[e.role].put(e, start, slab.first // e.rows * e.nbytes, data)
             return
         raw = data.view(np.uint8).reshape(-1)

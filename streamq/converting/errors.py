@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from streamq.errors import NonFiniteError, StreamqError
+from streamq.kernels.reference import E4M3
+from streamq.schemes import Quantized
 
 from .slabs import Slab
 
@@ -37,3 +39,24 @@ class telling:
             f"tensor {t.name!r} in {t.file}: row {row}, column {col} is NaN or Inf; "
             "the checkpoint is damaged, or leave this tensor unquantized with --ignore."
         ) from None
+
+
+def refuse_damaged(slab: Slab, q: Quantized) -> None:
+    """Raise StreamqError for scales or codes of a source that are NaN or infinite."""
+    powers = q.scale.dtype == np.uint8
+    bad = q.scale == 255 if powers else ~np.isfinite(q.scale.astype(np.float32))
+    what = "scale"
+    if not bad.any() and q.codes.dtype == E4M3:
+        bad, what = (q.codes.view(np.uint8) & 127) == 127, "code"
+    if bad.any():
+        last = slab.first + int(slab.ends[0]) // slab.layout.cols - 1
+        raise StreamqError(
+            f"tensor {slab.head.name!r}: a {what} of rows {slab.first} to {last} is not finite; "
+            "the checkpoint is damaged."
+        )
+    g = q.global_scale
+    if g is not None and not (np.isfinite(g).all() and (g > 0).all()):
+        raise StreamqError(
+            f"tensor {slab.head.name!r}: its global scale is {g.flat[0]:g}; the checkpoint is "
+            "damaged."
+        )

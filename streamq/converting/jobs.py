@@ -197,13 +197,13 @@ Members = tuple[int, Weights, Array]
 
 def _shared_jobs(shards: list[tuple[int, ShardPlan]]) -> Iterator[Job]:
     """Jobs of several outputs: each step is read once and becomes what each of them wants."""
-    steps: dict[int, list[Members]] = {}
+    steps: dict[tuple[int, int], list[Members]] = {}  # by the place of its first weight
     for number, shard in shards:
         for weights in shard.weights:
             begins = np.flatnonzero(np.diff(weights.steps, prepend=-1))
             for members in np.split(np.arange(len(weights.steps)), begins[1:]):
-                step = int(weights.steps[members[0]])
-                steps.setdefault(step, []).append((number, weights, members))
+                file, start = weights.places[members[0]].tolist()
+                steps.setdefault((file, start), []).append((number, weights, members))
     batch: dict[tuple[int, int], Members] = {}
     filled = 0
     for _, parts in sorted(steps.items()):
@@ -228,18 +228,22 @@ def _large(parts: list[Members]) -> Iterator[Job]:
     pieces: dict[tuple[str, int], list[Share]] = {}
     for number, weights, members in parts:
         for m in members.tolist():
-            height = lcm(*(w.row_step(int(r[0])) for _, w, r in parts))
+            height = lcm(*(w.row_step(row) for _, w, rows in parts for row in rows.tolist()))
             for rows in _cut(weights, m, height):
                 key = weights.sources[m].name, rows.first
                 pieces.setdefault(key, []).append(Share(number, weights, [rows]))
-    work = [QuantizePart(shares, [None] * len(shares)) for shares in pieces.values()]
-    if not any(weights.needs_amax for _, weights, _ in parts):
-        yield from work
-        return
-    large = LargeStep(len(work))
-    shards = sorted({number for number, _, _ in parts})
-    for part in work:
-        yield AmaxPart(shards, part.shares[0].rows[0], large, work)
+    later = []
+    for shares in pieces.values():
+        part = QuantizePart(shares, [None] * len(shares))
+        if any(share.weights.needs_amax for share in shares):
+            later.append(part)
+        else:
+            yield part
+    large = LargeStep(len(later))
+    shards = sorted({share.shard for part in later for share in part.shares})
+    for part in later:
+        rows = next(s.rows[0] for s in part.shares if s.weights.needs_amax)
+        yield AmaxPart(shards, rows, large, later)
 
 
 def _cut(weights: Weights, member: int, step: int) -> Iterator[Stretch]:

@@ -6,7 +6,7 @@ tensors cost few more calls than the same bytes in large ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,3 +140,26 @@ def _cuts(ends: Array, limit: int) -> Iterator[int]:
         begun = max(begun + 1, int(np.searchsorted(ends, before + limit, "right")))
         before = int(ends[begun - 1])
         yield begun
+
+
+def span_of(rows: Stretch) -> tuple[str, int, int]:
+    """File, first byte and the byte behind the last that a stretch reads."""
+    weights, first = rows.weights, int(rows.members[0])
+    itemsize = weights.numpy.itemsize
+    layout = weights.layouts[int(weights.kind[first])]
+    start = int(weights.places[first, 1]) + rows.first * layout.cols * itemsize
+    return weights.sources[first].file, start, start + int(rows.ends[-1]) * itemsize
+
+
+def joined(spans: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Spans without what they have in common: overlapping and neighbouring ones become one."""
+    last: tuple[str, int, int] | None = None
+    for file, start, end in sorted(spans):
+        if last is not None and file == last[0] and start <= last[2]:
+            last = file, last[1], max(end, last[2])
+            continue
+        if last is not None:
+            yield last
+        last = file, start, end
+    if last is not None:
+        yield last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from types import ModuleType
@@ -23,8 +23,8 @@ from streamq.tensors import DTYPES
 from streamq.writer import ShardWriter
 
 from .boxes import Out, Sink, Tally
-from .errors import telling
-from .slabs import Array, Slab, Stretch, slabs
+from .errors import refuse_damaged, telling
+from .slabs import Array, Slab, Stretch, joined, slabs, span_of
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
@@ -61,7 +61,7 @@ class Worker:
 
     def hold(self, work: list[Stretch]) -> None:
         """Read what some work will look at, once, until ``release``."""
-        for file, start, end in _joined(_span(r) for r in work if r.weights.stored is None):
+        for file, start, end in joined(span_of(r) for r in work if r.weights.stored is None):
             self._heed()
             held = np.empty(end - start, np.uint8)
             self._source.pread(file, start, held.data)
@@ -143,6 +143,7 @@ class Worker:
         s = slab.stored
         assert isinstance(s, Stored)
         q = read_rows(self._source, s, slab.first, int(slab.ends[0]) // slab.layout.cols)
+        refuse_damaged(slab, q)
         lost = q.zero_point is None and not (s.scheme.symmetric or s.scheme.inverse)
         if q.bias is not None and lost:
             raise StreamqError(
@@ -169,7 +170,7 @@ class Worker:
             scale = q.scale.astype(dtype)
         changed = scale.astype(np.float32) != q.scale.astype(np.float32)
         if changed.any():
-            if not np.isfinite(scale[changed].astype(np.float32)).all() or not scale.all():
+            if not np.isfinite(scale[changed].astype(np.float32)).all() or not scale[changed].all():
                 raise StreamqError(
                     f"tensor {slab.head.name!r}: a scale is beyond the range of {tag}, which the "
                     f"format {slab.weights.target.format.name} stores."
@@ -182,7 +183,8 @@ class Worker:
         ((e, start),) = _placed(slab)
         x = self._read(slab)
         dtype = DTYPES[FLOAT_TAGS[slab.weights.scheme.element]].numpy
-        cast, finite = self._kernels.cast(x, dtype)
+        copied = slab.weights.target.origin == "views"  # of its dtype already, NaN and Inf too
+        cast, finite = (x, True) if copied else self._kernels.cast(x, dtype)
         if not finite:
             bad = ~np.isfinite(cast.astype(np.float32))
             row, col = divmod(int(np.argmax(bad)), slab.layout.cols)
@@ -240,29 +242,6 @@ class Worker:
         assert len(part) == nbytes, "a slab larger than the plan's slab_memory"
         self._source.pread(slab.head.file, slab.start, part.data)
         return part.view(dtype)
-
-
-def _span(rows: Stretch) -> tuple[str, int, int]:
-    """File, first byte and the byte behind the last that a stretch reads."""
-    weights, first = rows.weights, int(rows.members[0])
-    itemsize = weights.numpy.itemsize
-    layout = weights.layouts[int(weights.kind[first])]
-    start = int(weights.places[first, 1]) + rows.first * layout.cols * itemsize
-    return weights.sources[first].file, start, start + int(rows.ends[-1]) * itemsize
-
-
-def _joined(spans: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-    """Spans without what they have in common: overlapping and neighbouring ones become one."""
-    last: tuple[str, int, int] | None = None
-    for file, start, end in sorted(spans):
-        if last is not None and file == last[0] and start <= last[2]:
-            last = file, last[1], max(end, last[2])
-            continue
-        if last is not None:
-            yield last
-        last = file, start, end
-    if last is not None:
-        yield last
 
 
 def _placed(slab: Slab) -> Iterator[tuple[Entry, int]]:

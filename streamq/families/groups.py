@@ -38,6 +38,6 @@ FUSED_GROUPS = (
     FusedGroup(
         "qkv_gates",
         ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "f_a_proj", "g_a_proj"),
-        ("kimi_linear", "glm5", "bailing_moe_linear", "bailing_hybrid", "olmo_hybrid"),
+        ("kimi_linear", "glm5", "glm5_next", "bailing_moe_linear", "bailing_hybrid", "olmo_hybrid"),
     ),
 )

@@ -55,7 +55,7 @@ LEFT_ALONE = (
     LeftAlone(
         "projector",
         ("*multi_modal_projector*", "*mm_projector*", "*embed_vision*", "*embed_audio*",
-         "*vision_adapter*", "*aligner*"),
+         "*vision_adapter*", "*aligner*", "*patch_merge_mlp*"),
     ),
     LeftAlone("MLA kv_b", ("*.kv_b_proj",), when="not_fp8_block"),
     LeftAlone(
@@ -85,7 +85,8 @@ LEFT_ALONE = (
     ),
     LeftAlone(
         "all but the routed experts",
-        ("*.attn.*", "*.self_attn.*", "*.shared_experts.*"), ("deepseek_v4",), when="fp4",
+        ("*.attn.*", "*.self_attn.*", "*.shared_experts.*", "*.e_proj", "*.h_proj"),
+        ("deepseek_v4",), when="fp4",
     ),
     LeftAlone("indexer projection", ("*.indexers_proj",), ("glm_moe_dsa",)),
     LeftAlone(
@@ -94,7 +95,8 @@ LEFT_ALONE = (
     ),
     LeftAlone(
         "attention", ("*.self_attn.*",),
-        ("minimax_m2", "minimax_m3", "gemma4", "llama4"), when="fp4",
+        ("minimax_m2", "minimax_m3", "minimax_m3_vl", "gemma4", "gemma4_unified", "llama4"),
+        when="fp4",
     ),
     LeftAlone(
         "attention and latent projections",
@@ -109,6 +111,7 @@ GENERIC = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
     "gemma3_text", "phi", "phi3", "deepseek_v2", "granite", "olmo2", "olmoe", "starcoder2",
     "cohere", "falcon", "gpt_neox", "glm4", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
+    "glm4_moe",
 )  # fmt: skip
 
 

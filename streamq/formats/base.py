@@ -47,6 +47,8 @@ class Format:
     mixes = False
     #: Whether it holds experts and nothing else, all of a layer in one tensor.
     stacks = False
+    #: Whether experts that a source has in one tensor become weights of their own.
+    splits = True
 
     # --- writing ------------------------------------------------------------------------
 
@@ -64,6 +66,9 @@ class Format:
 
     #: Whether the output head is quantized as any other Linear.
     heads = False
+
+    #: What ``configured`` takes.
+    options: tuple[str, ...] = ()
 
     def named_as(self, name: str) -> str:
         """What the format calls a tensor."""
@@ -160,14 +165,18 @@ class Format:
     def experts_of(
         self, module: str, tensors: dict[str, TensorInfo]
     ) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-        """Slices along the first axis."""
-        for i in range(min(t.shape[0] if t.shape else 0 for t in tensors.values())):
-            yield element(module, i), {
-                suffix: t._replace(
-                    shape=t.shape[1:], start=t.start + i * (t.nbytes // max(1, t.shape[0]))
-                )
+        """Slices along the first axis. Raises CheckpointError where they differ in number."""
+        counts = {t.shape[0] if t.shape else 0 for t in tensors.values()}
+        count = counts.pop()
+        if counts or not count:
+            have = ", ".join(f"{s} of shape {list(t.shape)}" for s, t in sorted(tensors.items()))
+            raise CheckpointError(f"{module!r} has {have}: not the same number of experts.")
+        for i in range(count):
+            parts = {
+                suffix: t._replace(shape=t.shape[1:], start=t.start + i * (t.nbytes // count))
                 for suffix, t in tensors.items()
             }
+            yield element(module, i), parts
 
     # --- reading ------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from math import gcd
 from typing import Any
 
@@ -29,6 +30,8 @@ from .base import (
     scale_tag,
 )
 from .layout import Entry, Layout, Role, make_layout, rows_entry
+from .matching import with_head
+from .targets import ignored_by, is_expert, is_no_linear, targets_of
 
 VERSION = "0.17.0"
 
@@ -101,17 +104,25 @@ class CompressedTensors(Format):
     def config(
         self, schemes: Mapping[Scheme, list[str]], ignore: list[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """A group for each scheme; a single one has all Linear modules but ``ignore``."""
-        groups: dict[str, Any] = {}
-        for i, (scheme, modules) in enumerate(schemes.items()):
-            targets = ["Linear"] if len(schemes) == 1 else targets_of(modules)
-            groups[f"group_{i}"] = _group(scheme, targets)
+        """A group for each distinct spelling; a single one has all Linears but ``ignore``."""
+        alike: dict[str, tuple[Scheme, list[str]]] = {}
+        for scheme, modules in schemes.items():
+            alike.setdefault(repr(_group(scheme, [])), (scheme, []))[1].extend(modules)
+        # transformers takes the first group whose regexes say "experts" for those it fuses.
+        found = sorted(alike.values(), key=lambda group: not any(map(is_expert, group[1])))
+        names = [modules for _, modules in found]
+        targets = targets_of(names, ignore)
+        if len(found) == 1:
+            targets = [["Linear", *sorted(filter(is_no_linear, names[0]))]]
         formats = {format_name(scheme) for scheme in schemes}
         quantization = {
-            "config_groups": groups,
+            "config_groups": {
+                f"group_{i}": _group(scheme, t)
+                for i, ((scheme, _), t) in enumerate(zip(found, targets, strict=True))
+            },
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "global_compression_ratio": None,
-            "ignore": ignore,
+            "ignore": ignored_by(names, with_head(ignore, chain(*names))),
             "kv_cache_scheme": None,
             "quant_method": self.method,
             "quantization_status": "compressed",
@@ -128,6 +139,10 @@ class CompressedTensors(Format):
         groups = list(groups.values()) if isinstance(groups, dict) else []
         if not groups or not all(isinstance(g, dict) for g in groups):
             raise CheckpointError("config.json: quantization_config has no config_groups.")
+        if quantization.get("transform_config"):
+            raise CheckpointError(
+                "config.json: weights that are rotated as transform_config says are not read."
+            )
         tests = [(_matcher(names_of(g, "targets")), _scheme_of(g)) for g in groups]
         ignored = _matcher(ignore)
 
@@ -232,11 +247,6 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "input_activations": _activation_args(scheme.activation),
         "output_activations": None,
     }
-
-
-def targets_of(modules: list[str]) -> list[str]:
-    """Exact names: disjoint, and found first by every reader, whatever its order."""
-    return sorted(modules)
 
 
 def _matcher(patterns: list[str]) -> Any:

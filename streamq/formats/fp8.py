@@ -38,6 +38,7 @@ class Fp8(Format):
     presets = ("FP8_BLOCK",)
     code_suffixes = ("weight",)
     other_suffixes = ("weight_scale_inv",)
+    options = ("scale_fmt",)
     scale_suffix = "weight_scale_inv"
 
     def __init__(self, scale_fmt: str | None = None) -> None:

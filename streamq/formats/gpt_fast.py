@@ -38,6 +38,7 @@ class GptFast(Format):
     code_suffixes = ("weight",)
     other_suffixes = ("scales",)
     scale_suffix = "scales"
+    options = ("gpt_fast_names",)
 
     def __init__(self, *, names: bool = False) -> None:
         """``names``: tensors are called as in gpt-fast, whose ``wqkv`` is q, k and v in one."""

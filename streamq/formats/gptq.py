@@ -267,7 +267,7 @@ def _scheme_of(quantization: Mapping[str, Any]) -> Scheme:
     bits, group = quantization.get("bits", 4), quantization.get("group_size", 128)
     if bits not in (2, 4, 8):
         raise CheckpointError(f"config.json: GPTQ of {bits!r} bits is not read; of 2, 4, 8 it is.")
-    if not isinstance(group, int) or (group < 1 and group != ALL):
+    if not isinstance(group, int) or (not 1 <= group < 1 << 31 and group != ALL):
         raise CheckpointError(f"config.json: GPTQ of group_size {group!r} is not known.")
     scheme = replace(integer(bits, group, bool(quantization.get("sym", True))), scale="f16")
     if not quantization.get("desc_act") or group == ALL:

@@ -41,6 +41,7 @@ class Group(Format):
         *(f"W{b}A16_ASYM" for b in (8, 2, 3, 4, 5, 6, 7)),
     )
     code_suffixes = ("weight_packed", "weight")
+    options = ("group_dim",)
     other_suffixes = ("weight_scale", "weight_min")
 
     def __init__(self, dim: int = GROUP_DIM) -> None:

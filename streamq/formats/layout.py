@@ -32,6 +32,7 @@ class Entry(NamedTuple):
     value: bytes = b""
     lines: int = 1
     direct: bool = False
+    transposed: bool = False
 
     @property
     def stride(self) -> int:
@@ -72,7 +73,7 @@ class Layout(NamedTuple):
     @property
     def gathered(self) -> int:
         """Bytes of the entries that have several lines."""
-        return sum(e.size for e in self.entries if e.lines > 1)
+        return sum(e.size for e in self.entries if e.transposed)
 
 
 def rows_entry(
@@ -89,7 +90,8 @@ def columns_entry(suffix: str, role: Role, dtype: str, shape: tuple[int, int], r
     """A transposed entry: ``rows`` rows of the weight are one element along its second axis."""
     itemsize = DTYPES[dtype].itemsize
     lines, width = shape
-    return Entry(suffix, role, dtype, shape, lines * width * itemsize, rows, itemsize, lines=lines)
+    return Entry(suffix, role, dtype, shape, lines * width * itemsize, rows, itemsize, lines=lines,
+                 transposed=True)  # fmt: skip
 
 
 def make_layout(
@@ -103,7 +105,7 @@ def make_layout(
     """A Layout with what follows from its entries and the (resolved) block of the scheme."""
     block_rows, block_cols = block
     made_of_rows = [e for e in entries if e.rows]
-    joins = all(e.lines == 1 for e in made_of_rows)
+    joins = not any(e.transposed for e in made_of_rows)
     flat = (
         joins
         and block_rows == 1

@@ -38,6 +38,7 @@ class Mlx(Format):
     """
 
     name = method = "mlx"
+    splits = False
     loaders = "mlx-lm"
     presets = (
         *(f"W{b}A16_ASYM" for b in (4, 2, 3, 5, 6)), *(f"W{b}A16" for b in BITS), *_MODE_OF,
@@ -195,7 +196,7 @@ def _scheme_of(entry: Mapping[str, Any], marked: Any) -> Scheme:
 
     Raises CheckpointError for one that is not known here.
     """
-    mode = entry.get("mode", "affine")
+    mode = str(entry.get("mode", "affine"))
     preset, bits, group = _MODES.get(mode, ("", 4, 64))
     bits, group = entry.get("bits") or bits, entry.get("group_size") or group
     if mode == "affine" and bits in BITS and group in GROUPS:

@@ -24,9 +24,10 @@ class Plain(Format):
     code_suffixes = ("weight",)
     other_suffixes = ()
 
-    def __init__(self, *, transposed: bool = False) -> None:
+    def __init__(self, *, transposed: bool = False, suffix: str = "weight") -> None:
         """``transposed``: weights of stacks, which are ``[in, out]`` each and have no suffix."""
         self._transposed = transposed
+        self._suffix = suffix
 
     def layout(
         self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
@@ -36,7 +37,7 @@ class Plain(Format):
         if self._transposed:
             columns = columns_entry("", "codes", tag, (cols, rows), 1)
             return make_layout(rows, cols, dtype, [columns], (1, cols))
-        codes = rows_entry("weight", "codes", tag, (rows, cols), 1, direct=False)
+        codes = rows_entry(self._suffix, "codes", tag, (rows, cols), 1, direct=False)
         return make_layout(rows, cols, dtype, [codes], (1, cols))
 
     def layout_of(

@@ -7,22 +7,24 @@ every error that does not need the weights themselves.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
-from streamq.families import Family
-from streamq.formats import Format, default_format, quantization_of
+from streamq.families import Family, is_expert_stack
+from streamq.formats import Format, default_format, format_of, quantization_of
 from streamq.stored import Stored, Where, find_stored
-from streamq.tensors import TensorInfo
+from streamq.tensors import TensorInfo, size_text
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
-from .experts import transposed, views_of
+from .experts import experts_of, transposed
 from .gpt_fast import joined_of
+from .kept import rules, stays_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
+from .shards import check_tp
 from .types import (
     MAX_MEMORY,
     SLAB,
@@ -35,75 +37,108 @@ from .types import (
     Weights,
     slab_rows,
 )
+from .ways import expert_warnings, recipe_warnings
 
 __all__ = [
     "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "as_weights", "make_plan", "refuse_overlap", "slab_rows", "transposed", "weights_in",
+    "make_plan", "refuse_overlap", "slab_rows", "transposed", "weights_in",
 ]  # fmt: skip
 
 
 def make_plan(source: Checkpoint, options: Options) -> Plan:
     """Decide everything. Raises PlanError, naming the tensor, for what cannot be done."""
     fmt = options.format or default_format(options.scheme)
-    options = replace(options, format=fmt, scheme=fmt.concrete(options.scheme))
+    recipe = options.recipe.mapped(fmt.concrete) if options.recipe else None
+    options = replace(options, format=fmt, scheme=fmt.concrete(options.scheme), recipe=recipe)
     if options.scheme.inverse and options.numerics != "f32":
         raise PlanError(
             f"--numerics {options.numerics} does not apply to the format {fmt.name}: its rule is "
             "one of f32."
         )
-    family = Family(source.config)
-    stored, lifted = lift(source, find_stored(source), options.scheme, family)
-    weights: dict[str, Where] = {
-        **stored, **views_of(source, family, fmt), **joined_of(source, fmt),
-    }  # fmt: skip
-    tensors = as_weights(source, weights, fmt)
-    choice = choose(tensors, weights, options, family, source.config)
-    homes = fuse(tensors, weights, choice, family)
+    family = Family(
+        source.config, extra_groups=recipe.groups if recipe else (),
+        extra_experts=recipe.experts if recipe else (),
+    )  # fmt: skip
+    stored, lifted = lift(
+        source, find_stored(source), options.scheme, family, rules(options, family, False)
+    )  # fmt: skip
+    experts = experts_of(source, family, fmt, stays_of(options, family, source.config))
+    weights: dict[str, Where] = {**stored, **experts.views, **joined_of(source, fmt)}
+    tensors = _as_weights(source, weights, experts.rows, fmt)
+    whole = {} if options.scheme.inverse else experts.whole
+    choice = choose(tensors, weights, options, family, source.config, whole)
+    homes = fuse(tensors, weights, choice, family, options)
     warnings = unused_patterns(tensors, options)
+    warnings += recipe_warnings(tensors, choice.kept, options)
+    warnings += expert_warnings(choice.modules)
     warnings += block_warnings(tensors, choice, homes)
     shards = place(_rows(source, tensors, choice, homes, weights), source.files, options)
     refuse_impossible(shards)
+    heads = family.config.get("num_key_value_heads")
+    warnings += check_tp(shards, options.check_tp, heads if isinstance(heads, int) else None)
     unquantized = [(tensors[i], why) for i, why in choice.kept.items()]
     ignored = [t.name.removesuffix(".weight") for t, _ in unquantized if is_linear_like(t)]
     ignored += choice.dequantized
+    if fmt.mixes:  # loaders look for the experts of a stack by their own names
+        ignored += [t.name.removesuffix(".weight") for t, _ in unquantized
+                    if is_expert_stack(t.name, t.shape)]  # fmt: skip
     config = fmt.config(choice.modules, sorted(ignored), _without_quantization(source))
+    said = quantization_of(source.config).get("kv_cache_scheme")
+    if said and fmt.name == format_of(source.config).name == "compressed-tensors":
+        config["quantization_config"]["kv_cache_scheme"] = said
+    elif said:
+        warnings.append("the kv_cache_scheme of the source is lost: the new config has none")
     if not source.config:
         warnings.append("the source has no config.json; the new one holds its quantization only")
-    return Plan(
+    plan = Plan(
         options=options,
         shards=shards,
         config=config,
         files=fmt.files(config),
-        others=source.others,
+        others=[name for name in source.others if name not in _QUANTIZATION_FILES],
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=unquantized,
         warnings=warnings,
-        notes=[*source.oddities, *lifted, *choice.notes, *notes(family, options)],
+        notes=[*source.oddities, *lifted, *choice.notes, *notes(family, options, choice)],
         bytes_in=source.nbytes,
         slab_memory=slab_memory(shards),
         input_files=len(source.files),
         verbatim=choice.verbatim and options.shard_size is None,
     )
+    if recipe is not None:
+        plan.texts = {"recipe.toml": recipe.text} if recipe.text else {}
+        plan.notes += [f"{name}: {n} weights, {size_text(size)}"
+                       for name, (n, size) in plan.schemes.items()]  # fmt: skip
+    return plan
 
 
-def weights_in(source: Checkpoint, fmt: Format) -> dict[str, Where]:
-    """What is not a tensor of floats by itself, by name, as seen for an output format."""
-    return {
-        **find_stored(source), **views_of(source, Family(source.config), fmt),
-        **joined_of(source, fmt),
+def weights_in(
+    source: Checkpoint, family: Family, fmt: Format, held: Container[str]
+) -> tuple[dict[str, Where], list[TensorInfo]]:
+    """What an output of a format was made from: all tensors, and by name what is none by itself.
+
+    ``held``: the names in the output; stacks of experts among them were not split.
+    """
+    experts = experts_of(source, family, fmt, lambda t, _: "as it is" if t.name in held else None)
+    weights: dict[str, Where] = {
+        **find_stored(source), **experts.views, **joined_of(source, fmt),
     }  # fmt: skip
+    return weights, _as_weights(source, weights, experts.rows, fmt)
 
 
-def as_weights(source: Checkpoint, weights: Mapping[str, Where], fmt: Format) -> list[TensorInfo]:
+def _as_weights(
+    source: Checkpoint, weights: Mapping[str, Where], rows: Mapping[str, list[TensorInfo]],
+    fmt: Format,
+) -> list[TensorInfo]:  # fmt: skip
     """The tensors of the source, as the format calls them.
 
     Where parts of weights are, those weights stand instead; a quantized one is of f32 and
-    stands where its codes are.
+    stands where its codes are. ``rows``: what stands instead of a tensor that is cut.
     """
-    if not weights:
+    if not weights and not rows:
         return list(source.tensors.values())
     parts: set[str] = set()
-    places: dict[str, list[TensorInfo]] = {}
+    places: dict[str, list[TensorInfo]] = dict(rows)
     for name, w in weights.items():
         if isinstance(w, Stored):
             t = w.codes
@@ -111,7 +146,7 @@ def as_weights(source: Checkpoint, weights: Mapping[str, Where], fmt: Format) ->
             parts |= {part.name for part in w.tensors.values()}
         else:
             t = w.tensors[0]
-            weight = TensorInfo(name, t.dtype, (w.rows, w.cols), t.file, w.start)
+            weight = TensorInfo(name, t.dtype, w.shape, t.file, w.start)
             parts |= {part.name for part in w.tensors}
         places.setdefault(t.name, []).append(weight)
     tensors = []
@@ -164,10 +199,13 @@ def _rows(
 def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     """Raise PlanError where DST is SRC, holds it, or lies in it."""
     a, b = Path(src).resolve(), Path(dst).resolve()
-    if a == b or a in b.parents or b in a.parents:
+    built = b.with_name(b.name + ".partial")
+    if any(a == place or a in place.parents or place in a.parents for place in (b, built)):
         raise PlanError(f"the destination {dst} overlaps the source {src}; choose another place.")
 
 
+#: What other tools say of a quantization beside config.json; loaders believe these files.
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 

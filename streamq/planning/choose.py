@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamq.checkpoint import CONFIG
 from streamq.errors import PlanError
-from streamq.families import Family, collapse, is_expert_stack, matcher
-from streamq.schemes import ALL, Scheme
+from streamq.families import Family
+from streamq.formats import Format, Plain, quantization_of
+from streamq.schemes import ALL, FLOAT_TAGS, PLAIN, Scheme
 from streamq.stored import Stored, Where
 from streamq.tensors import FLOATS, TensorInfo, stack_of
+from streamq.views import View
 
-from .quantized import AlreadyQuantized, refuse_unfit
+from .kept import either, rules
+from .quantized import asked
 from .types import Options, Target
+from .ways import Ways, rule_text
 
 
 @dataclass(slots=True)
@@ -35,6 +39,10 @@ class Choice:
     verbatim: bool = False
 
 
+#: Of experts that are not quantized while others of their stack are.
+_WEIGHT, _VECTOR = Plain(), Plain(suffix="")
+
+
 def is_linear_like(t: TensorInfo) -> bool:
     """Whether loaders may make a Linear of it."""
     return len(t.shape) == 2 and t.name.endswith(".weight")
@@ -46,44 +54,57 @@ def choose(
     options: Options,
     family: Family,
     config: dict[str, Any],
+    whole: Mapping[str, str],
 ) -> Choice:
     """Find the target of each tensor, or the reason why it is left as it is.
 
+    ``whole``: why stacks of experts are not split, by name.
     Raises PlanError where nothing is left to do, or something cannot be done.
     """
-    why_not = _rules(options, family)
-    decide = AlreadyQuantized(options, config)
+    ways = Ways(options, family, config, rules)
+    way = ways.first
     numbers: dict[Target, int] = {}
     choice = Choice()
     assert options.format is not None
     plain = options.scheme.is_float
-    floats = Target(options.scheme, options.format, "floats", options.numerics)
-    views = floats._replace(origin="views")
     modules: dict[Scheme, list[str]] = {}
     # What the tensor before had: looking a scheme up costs more than all else here.
     last: tuple[Target, int] | None = None
     named: tuple[Scheme, list[str]] | None = None
     for i, t in enumerate(tensors):
-        reason = why_not(t)
+        if t.name in whole:
+            reason: str | None = whole[t.name]
+        elif options.recipe is None:
+            reason = way.why_not(t)
+        else:
+            way, reason = ways.of(t)
         if reason == "output head" and options.format.heads:
             reason = None
-        target: Target | None = floats
+        target: Target | None = way.floats
         s = stored.get(t.name)
         if isinstance(s, Stored):
-            target, scheme = decide(s, reason)
+            target, scheme = way.decide(s, reason)
+            if target is not None and not (target.format.stacks or target.scheme.is_float):
+                _refuse_stack(t.name, target.format)
             if scheme is None:
                 choice.dequantized.append(s.module)
+        elif plain and not stored and _is_cast(t, reason, options.scheme):
+            scheme = None
         elif reason or plain:
             choice.kept[i] = reason or f"is {t.dtype} already"
             target = scheme = None
+            if isinstance(s, View) and stack_of(t.name) is None:
+                fmt = _WEIGHT if t.name.endswith(".weight") else _VECTOR
+                target = Target(PLAIN[t.dtype], fmt, "views")
         else:
-            scheme = options.scheme
+            scheme = way.options.scheme
             if s is not None:
-                target = views
+                target = way.views
             elif len(t.shape) > 2:
-                target = floats._replace(scheme=scheme.folded(t.shape))
+                target = way.floats._replace(scheme=scheme.folded(t.shape))
         if scheme is not None:
-            scheme = replace(scheme, stride=1) if scheme.stride != 1 else scheme
+            if scheme.stride != 1 or scheme.scales != "absmax":  # as a config names them
+                scheme = replace(scheme, stride=1, scales="absmax")
             if named is None or named[0] is not scheme:
                 named = scheme, modules.setdefault(scheme, [])
             named[1].append(t.name.removesuffix(".weight"))
@@ -92,23 +113,37 @@ def choose(
         choice.numbers.append(-1 if target is None or last is None else last[1])
     choice.targets = list(numbers)
     choice.modules = modules if modules or not plain else {options.scheme: []}
-    choice.notes = decide.notes()
-    choice.verbatim = not numbers and (bool(stored) or plain)
-    _refuse_nothing(choice, decide, options)
+    choice.notes = ways.notes()
+    choice.verbatim = not numbers and (bool(stored) or (plain and not quantization_of(config)))
+    _refuse_nothing(choice, options)
     return choice
 
 
-def _refuse_nothing(choice: Choice, decide: AlreadyQuantized, options: Options) -> None:
+def _is_cast(t: TensorInfo, reason: str | None, scheme: Scheme) -> bool:
+    """Whether a float weight becomes one of another float dtype, unless asked to stay."""
+    other = t.dtype in FLOATS and t.dtype != FLOAT_TAGS[scheme.element]
+    return other and is_linear_like(t) and not asked(reason or "")
+
+
+def _refuse_stack(name: str, fmt: Format) -> None:
+    if (stack := stack_of(name)) is not None:
+        raise PlanError(
+            f"{stack!r} holds quantized experts in one tensor, which the format {fmt.name} cannot "
+            "hold; convert to floats with -s bf16 first, or choose --format gpt-oss."
+        )
+
+
+def _refuse_nothing(choice: Choice, options: Options) -> None:
     if not options.format or not choice.modules:
         reasons = ", ".join(f"{n} x {w}" for w, n in Counter(choice.kept.values()).most_common())
         raise PlanError(f"nothing to quantize: every tensor is left as it is ({reasons}).")
-    if options.scheme not in choice.modules and not any(
-        scheme.numbers == options.scheme.numbers for scheme in choice.modules
-    ):
+    wanted = options.recipe.schemes if options.recipe else (options.scheme,)
+    if not {s.numbers for s in wanted} & {s.numbers for s in choice.modules}:
         have = ", ".join(sorted(scheme.name for scheme in choice.modules))
         raise PlanError(
             f"nothing to convert to {options.scheme.name}: the weights are quantized to {have} "
-            "already; --requantize converts them from their rounded values."
+            "already; --requantize converts them from their rounded values, --only takes what "
+            "the source left out."
         )
     if len(choice.modules) > 1 and not options.format.mixes:
         have = ", ".join(sorted(scheme.name for scheme in choice.modules))
@@ -118,75 +153,12 @@ def _refuse_nothing(choice: Choice, decide: AlreadyQuantized, options: Options) 
         )
 
 
-def _rules(options: Options, family: Family) -> Callable[[TensorInfo], str | None]:
-    """A function from a tensor to the reason why it is kept, or None."""
-    ignored, wanted = _either(options.ignore), _either(options.only)
-    left_alone = family.left_alone(options.scheme)
-    unfit: dict[tuple[str, tuple[int, ...]], str | None] = {}
-
-    def why_not(t: TensorInfo) -> str | None:
-        name, dtype, shape, _, _ = t
-        if options.ignore and ignored(name):
-            return "--ignore"
-        if _is_named_stack(t, options) and wanted(name):
-            return _unfit(t, options)
-        if len(shape) != 2 or not name.endswith((".weight", "]")):
-            if is_expert_stack(name, shape) and not options.scheme.is_float:
-                raise PlanError(
-                    f"tensor {name!r} of shape {list(shape)} holds the experts of a layer in one, "
-                    "which streamq cannot split yet; leave it unquantized with "
-                    f"--ignore '{collapse(name.removesuffix('.weight'))}'."
-                )
-            return "not a 2-D weight"
-        if why := left_alone(name.removesuffix(".weight")):
-            return why
-        if options.only and not wanted(name):
-            return "not in --only"
-        if options.format is not None and options.format.stacks and not name.endswith("]"):
-            return "not an expert"
-        kind = dtype, shape
-        if kind not in unfit:
-            unfit[kind] = _unfit(t, options)
-        return unfit[kind]
-
-    return why_not
-
-
-def _is_named_stack(t: TensorInfo, options: Options) -> bool:
-    """Whether it has more than two dimensions, and is quantized if --only names it."""
-    named = options.scheme.inverse and bool(options.only)
-    return named and len(t.shape) > 2 and t.name.endswith(".weight")
-
-
-def _either(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether a tensor or its module is named by one of the patterns."""
-    test = matcher(patterns)
-    return lambda tensor: test(tensor.removesuffix(".weight")) or test(tensor)
-
-
-def _unfit(t: TensorInfo, options: Options) -> str | None:
-    """Why a weight of this dtype and shape stays, or None. Raises PlanError if it cannot."""
-    if 0 in t.shape:
-        return "empty"
-    if t.dtype not in FLOATS:
-        return f"dtype {t.dtype}"
-    refuse_unfit(t.name, t.shape, options)
-    assert options.format is not None
-    try:
-        options.format.layout_of(t.shape, t.dtype, options.scheme.folded(t.shape))
-    except PlanError as e:
-        raise PlanError(
-            f"tensor {t.name!r} of shape {list(t.shape)}: {e}; "
-            f"leave it with --ignore '{t.name.removesuffix('.weight')}'."
-        ) from None
-    return None
-
-
 def fuse(
     tensors: list[TensorInfo],
     stored: Mapping[str, Where],
     choice: Choice,
     family: Family,
+    options: Options,
 ) -> dict[int, int]:
     """For each tensor with fused partners the first one of its group.
 
@@ -213,7 +185,7 @@ def fuse(
             names = (first.name, t.name) if first.name in stored else (t.name, first.name)
             raise PlanError(
                 f"{names[0]!r} is quantized in the source and {names[1]!r} is not, but "
-                f"loaders fuse them ({row.name}); ignore both, or convert from the original."
+                f"loaders fuse them ({row.name}); bring all to floats with -s bf16 first."
             )
         if first.dtype != t.dtype:
             raise PlanError(
@@ -222,7 +194,8 @@ def fuse(
             )
         other = first.name.removesuffix(".weight")
         if mixed and scheme_of.get(other) != scheme_of.get(module):
-            a, b = (s.name if (s := scheme_of.get(m)) else "unquantized" for m in (other, module))
+            a, b = ((s.name if (s := scheme_of.get(m)) else "unquantized") + rule_text(options, m)
+                    for m in (other, module))  # fmt: skip
             raise PlanError(
                 f"{first.name!r} would be {a} and {t.name!r} {b}, but loaders fuse them "
                 f"({row.name}); give both one scheme."
@@ -234,8 +207,9 @@ def fuse(
             continue
         partner = firsts.get((found[0], found[1].members[0]))
         if partner is not None and tensors[partner].name.removesuffix(".weight") in scheme_of:
+            said = rule_text(options, tensors[partner].name)
             raise PlanError(
-                f"{tensors[partner].name!r} is quantized and {name!r} is not ({why}), but "
+                f"{tensors[partner].name!r} is quantized{said} and {name!r} is not ({why}), but "
                 f"loaders fuse them ({found[1].name}); quantize or ignore both."
             )
     return homes
@@ -246,7 +220,7 @@ def unused_patterns(tensors: list[TensorInfo], options: Options) -> list[str]:
     unused = []
     for option, patterns in (("--ignore", options.ignore), ("--only", options.only)):
         for pattern in patterns:
-            test = _either((pattern,))
+            test = either((pattern,))
             if not any(test(t.name) for t in tensors):
                 unused.append(f"{option} {pattern!r} matches no tensor")
     return unused
@@ -270,16 +244,19 @@ def block_warnings(tensors: list[TensorInfo], choice: Choice, homes: dict[int, i
     ]
 
 
-def notes(family: Family, options: Options) -> list[str]:
+def notes(family: Family, options: Options, choice: Choice) -> list[str]:
     """What a user should know about this model and scheme."""
-    scheme, notes = options.scheme, []
+    notes = []
+    schemes = options.recipe.schemes if options.recipe else (options.scheme,)
     if not family.known:
         name = family.model_type or f"(none in {CONFIG})"
         notes.append(f"model_type {name}: not known here, the generic rules apply")
-    if scheme.activation is not None and scheme.activation.local:
-        notes.append(
-            f"{scheme.name} writes the constant input_global_scale {options.input_scale:g}: "
-            f"activations beyond +-{2688 / options.input_scale:g} saturate and small ones lose "
-            "precision; NVFP4A16 leaves activations alone"
-        )
+    made = {t.scheme.name for t in choice.targets if t.origin != "codes"}  # others keep theirs
+    for scheme in schemes:
+        if scheme.activation is not None and scheme.activation.local and scheme.name in made:
+            notes.append(
+                f"{scheme.name} writes the constant input_global_scale {options.input_scale:g}: "
+                f"activations beyond +-{2688 / options.input_scale:g} saturate and small ones lose "
+                "precision; NVFP4A16 leaves activations alone"
+            )
     return notes

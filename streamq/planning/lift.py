@@ -7,7 +7,7 @@ that brings the largest scale of a fused group to 2^8, all others fit if they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from streamq.formats import Format, Layout, Role
 from streamq.kernels.reference import E4M3
 from streamq.schemes import SCHEMES, Quantized, Scheme
 from streamq.stored import Array, Stored, read
+from streamq.tensors import TensorInfo
 
 _MXFP4, _NVFP4 = SCHEMES["MXFP4A16"], SCHEMES["NVFP4A16"]
 #: Exponents of the largest and the smallest power of two in e4m3.
@@ -47,16 +48,22 @@ class _Lifted(Format):
 
 
 def lift(
-    source: Checkpoint, stored: dict[str, Stored], scheme: Scheme, family: Family
+    source: Checkpoint,
+    stored: dict[str, Stored],
+    scheme: Scheme,
+    family: Family,
+    stays: Callable[[TensorInfo], str | None],
 ) -> tuple[dict[str, Stored], list[str]]:
     """The weights with those of MXFP4 read as NVFP4 where that is what is wanted and exact.
 
-    Reads the scales. Returns sentences about those that it cannot be done for as well.
+    ``stays``: why a weight is not to be converted at all. Reads the scales. Returns sentences
+    about those that it cannot be done for as well.
     """
     groups: dict[tuple[str, str], list[Stored]] = {}
     if scheme.numbers == _NVFP4.numbers:
         for s in stored.values():
-            if s.scheme.numbers == _MXFP4.numbers:
+            weight = TensorInfo(s.name, "F32", s.shape, s.codes.file, s.codes.start)
+            if s.scheme.numbers == _MXFP4.numbers and not stays(weight):
                 found = family.group_of(s.module)
                 key = (found[0], found[1].members[0]) if found else ("", s.module)
                 groups.setdefault(key, []).append(s)
@@ -68,7 +75,8 @@ def lift(
             scales = read(source, s.tensors[s.format.scale_suffix]).view(np.uint8)
             used = scales[scales > 0]
             least, most = min(least, used.min(initial=255)), max(most, used.max(initial=0))
-        if int(most) - int(least) > _TOP - _BOTTOM:
+        most = max(most, 127) if most == 0 else most  # nothing but zeros
+        if int(most) - int(least) > _TOP - _BOTTOM or not 8 <= int(most) < 255:
             apart.append(members[0].name)
             continue
         top = int(most) - 127

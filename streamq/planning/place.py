@@ -29,7 +29,7 @@ from streamq.writer import build_header, quoted
 from .types import SLAB, STRIP, Array, Copy, Options, ShardPlan, Target, Weights, slab_rows
 
 #: The number of a weight in its stack, in the middle of a name.
-_ELEMENT = re.compile(r"\[\d+\]")
+_ELEMENT = re.compile(r"\[#\d+\]")
 
 
 class Rows(NamedTuple):
@@ -221,7 +221,7 @@ def _regions(weights: _Table) -> Iterator[_Region]:
 
 def _stacked(region: _Region, starts: Array) -> tuple[_Region, Array]:
     """A region with the weights of each stack as the one tensor that a file has of them."""
-    if not any("[" in name for name in region.names):
+    if not any("[#" in name for name in region.names):
         return region, starts
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(region.names):
@@ -229,7 +229,7 @@ def _stacked(region: _Region, starts: Array) -> tuple[_Region, Array]:
     shapes = []
     for members in rows.values():
         shape = region.shapes[region.kinds[members[0]]]
-        shapes.append((len(members), *shape) if "[" in region.names[members[0]] else shape)
+        shapes.append((len(members), *shape) if "[#" in region.names[members[0]] else shape)
     firsts = [members[0] for members in rows.values()]
     sizes = np.array([region.sizes[members].sum() for members in rows.values()])
     kinds = list(range(len(shapes)))

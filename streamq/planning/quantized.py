@@ -8,7 +8,7 @@ from typing import Any
 
 from streamq.errors import PlanError
 from streamq.formats import Format, Plain, default_format
-from streamq.schemes import ALL, PLAIN, FloatType, Scheme, block_text
+from streamq.schemes import ALL, PLAIN, SCHEMES, FloatType, Scheme, block_text
 from streamq.stored import Stored
 
 from .types import Options, Target
@@ -25,7 +25,10 @@ class AlreadyQuantized:
 
     def __init__(self, options: Options, config: dict[str, Any]) -> None:
         self._options = options
-        dtype = config.get("dtype") or config.get("torch_dtype")
+        text = config.get("text_config")
+        dtypes = [place.get(key) for place in (config, text if isinstance(text, dict) else {})
+                  for key in ("dtype", "torch_dtype")]  # fmt: skip
+        dtype = next((d for d in dtypes if d), None)
         self._element = _TORCH_DTYPES.get(str(dtype), "bf16")
         self._kept: Counter[str] = Counter()
         self._brought_back = 0
@@ -34,7 +37,7 @@ class AlreadyQuantized:
         """The target, None for a copy of its tensors, and the scheme it then has, if any."""
         o = self._options
         assert o.format is not None
-        if reason is None or (o.scheme.is_float and reason not in ("--ignore", "not in --only")):
+        if reason is None or (o.scheme.is_float and not asked(reason)):
             if o.scheme.is_float:
                 fmt = _PLAIN_STACKS if s.format.stacks else o.format
                 return Target(o.scheme, fmt, "values"), o.scheme
@@ -49,9 +52,9 @@ class AlreadyQuantized:
                 f"{s.name!r} is quantized and would stay so ({reason}), which the format "
                 f"{o.format.name} cannot hold; choose another --format."
             )
-        mixes = o.format.mixes and s.scheme.name in o.format.presets and not s.scheme.inverse
+        mixes = o.format.mixes and _can_hold(o.format, s.scheme)
         # What loaders expect unquantized, as the embedding that mlx-lm quantizes, is not kept.
-        mixes = mixes and reason in (None, "--ignore", "not in --only")
+        mixes = mixes and (reason is None or asked(reason))
         if o.format.name == s.format.name or mixes:
             self._kept[s.scheme.name] += 1
             scheme = s.scheme if o.format.name == s.format.name else o.format.concrete(s.scheme)
@@ -87,6 +90,23 @@ class AlreadyQuantized:
                 "them unquantized, and the format cannot hold their scheme"
             )
         return notes
+
+
+def _can_hold(fmt: Format, scheme: Scheme) -> bool:
+    """Whether a format can hold the numbers of a scheme that a source has, to the bit."""
+    preset = SCHEMES.get(scheme.name)
+    if preset is None or scheme.name not in fmt.presets or scheme.inverse:
+        return False
+    if scheme.element == "int":
+        preset = replace(preset, block=scheme.block)
+        if 0 < scheme.block[1] < 8:  # order of activation: a scale for each column
+            return False
+    return fmt.concrete(scheme).numbers == scheme.numbers == preset.numbers
+
+
+def asked(reason: str) -> bool:
+    """Whether the user asked for a weight to stay as it is."""
+    return reason in ("--ignore", "not in --only") or reason.endswith("recipe")
 
 
 def _holds(target: Scheme, source: Scheme) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from streamq.errors import PlanError
 from streamq.formats import Format, Layout
+from streamq.recipe import Recipe
 from streamq.schemes import Numerics, Scheme
 from streamq.stored import Where
 from streamq.tensors import DTYPES, TensorInfo
@@ -34,7 +35,8 @@ class Options:
     """What the user asks for; two runs with equal options write equal bytes.
 
     ``format``: where None, the default of the scheme. ``requantize``: also take weights
-    that are quantized to something else already.
+    that are quantized to something else already. ``recipe``: overrides ``scheme`` but for what no
+    rule names, if it has one for that. ``check_tp``: numbers of ranks that are to share weights.
     """
 
     scheme: Scheme
@@ -45,6 +47,8 @@ class Options:
     input_scale: float = 1.0
     format: Format | None = None
     requantize: bool = False
+    recipe: Recipe | None = None
+    check_tp: tuple[int, ...] = ()
 
 
 #: What a weight is made from: a tensor of floats, a view in one, the values of its codes, or
@@ -140,8 +144,8 @@ class ShardPlan:
 class Plan:
     """A conversion that can be carried out.
 
-    ``files``: JSON files of the format beside config.json, by name. ``verbatim``: the source
-    is already what is wanted, its files are copied.
+    ``files``: JSON files of the format beside config.json, by name; ``texts``: other files.
+    ``verbatim``: the source is already what is wanted, its files are copied.
     """
 
     options: Options
@@ -157,6 +161,27 @@ class Plan:
     slab_memory: int
     input_files: int
     verbatim: bool = False
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def schemes(self) -> dict[str, tuple[int, int]]:
+        """Number and bytes of the weights of each scheme, by name."""
+        found: dict[str, tuple[int, int]] = {}
+        for shard in self.shards:
+            for w in shard.weights:
+                n, size = found.get(w.scheme.name, (0, 0))
+                size += int(w.column(lambda layout: layout.bytes_out).sum())
+                found[w.scheme.name] = (n + len(w.sources), size)
+        return found
+
+    @property
+    def scheme_names(self) -> str:
+        """The scheme, or those of a recipe, for people."""
+        if self.options.recipe is None:
+            return self.options.scheme.name
+        asked = dict.fromkeys(s.name for s in self.options.recipe.schemes)
+        found = self.schemes
+        return ", ".join([*filter(found.get, asked), *(n for n in found if n not in asked)])
 
     @property
     def bytes_out(self) -> int:
@@ -183,10 +208,13 @@ class Plan:
             comma = ","
         yield "\n  }\n}\n"
 
-    def peak_memory(self, workers: int) -> int:
-        """Estimate of the peak resident size of the process, in bytes."""
+    def peak_memory(self, workers: int, held: int = 0) -> int:
+        """Estimate of the peak resident size of the process, in bytes.
+
+        ``held``: bytes that each worker keeps of the source for several outputs.
+        """
         tensors = sum(len(s.names) for s in self.shards)
-        return BASE_MEMORY + workers * self.slab_memory + TENSOR_MEMORY * tensors
+        return BASE_MEMORY + workers * (self.slab_memory + held) + TENSOR_MEMORY * tensors
 
     def workers_within(self, wanted: int, max_memory: int, held: int = 0) -> int:
         """As many workers as their buffers, and ``held`` bytes each, fit into ``max_memory``.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.errors import CheckpointError
+from streamq.families import Family
+from streamq.recipe import Recipe
 from streamq.stored import look
 
 from .elements import Progress, compare
+from .readers import check_readers, schemes_on_disk
 from .report import Report
 from .structure import check_index, check_scales, find_weights
 
@@ -20,15 +24,18 @@ def verify(
     dst: str | os.PathLike[str],
     source: Checkpoint | None = None,
     *,
+    recipe: Recipe | None = None,
     workers: int = 2,
     progress: Progress | None = None,
 ) -> Report:
     """Check the checkpoint in ``dst``; with ``source``, every element of it.
 
     Structure: headers, index, total_size, names, dtypes and shapes against the config,
-    finite non-zero scales, equal global scales inside fused groups. With the source:
+    finite non-zero scales, equal global scales inside fused groups; compressed-tensors configs
+    mean to every reader what is on disk. With the source:
     untouched tensors are equal byte for byte, and each weight is within half a code step
     of its code (clipped ones aside); a quantized source counts with the values of its codes.
+    ``recipe``: the one it was made by, where that declares groups or layouts of experts.
     Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
     the report.
     """
@@ -53,7 +60,15 @@ def verify(
         names = dict.fromkeys(s.scheme.name for s in weights)
         report.scheme = ", ".join(names) or found.format.name
         report.quantized = len(weights)
-        check_scales(checkpoint, weights, report)
+        rows: dict[str, Any] = {}
+        if recipe is not None:
+            rows = {"extra_groups": recipe.groups, "extra_experts": recipe.experts}
+        family = Family(checkpoint.config, **rows)
+        check_scales(checkpoint, weights, family, report)
+        if found.format.name == "compressed-tensors" and not report.failures:
+            schemes = schemes_on_disk(checkpoint, weights)
+            report.failures += check_readers(checkpoint.config, family, schemes)
         if source is not None:
-            compare(checkpoint, source, weights, found.format, workers, progress, report)
+            of_source = Family(source.config, **rows)
+            compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
     return report

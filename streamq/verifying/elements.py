@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
+from streamq.families import Family
 from streamq.formats import Format
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.kernels.reference import group as reference_group
-from streamq.planning import as_weights, slab_rows, transposed, weights_in
+from streamq.planning import slab_rows, transposed, weights_in
 from streamq.schemes import Quantized, Scheme
 from streamq.stored import SLAB, Array, Stored, Where, bytes_of, read_rows, slabs, text_of
 from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
@@ -27,6 +28,7 @@ Progress = Callable[[int, str], None]
 def compare(
     out: Checkpoint,
     source: Checkpoint,
+    family: Family,
     weights: list[Stored],
     fmt: Format,
     workers: int,
@@ -34,14 +36,13 @@ def compare(
     report: Report,
 ) -> None:
     """Compare every tensor of ``source``; failures and SQNR go into ``report``."""
-    origins = weights_in(source, fmt)
+    # What is there under its own name was copied whole, whatever it holds.
+    origins, tensors = weights_in(source, family, fmt, out.tensors.keys())
     quantized = {s.name: s for s in weights}
     parts = {t.name for s in weights for t in s.tensors.values()}
     todo, known = [], set()
-    for t in as_weights(source, origins, fmt):
+    for t in tensors:
         name = stack_of(t.name) or t.name
-        if isinstance(origins.get(t.name), View) and t.name not in quantized and name in known:
-            continue  # its tensor was copied whole
         known.add(name)
         if t.name in quantized or name in out.tensors:
             todo.append(t)
@@ -57,6 +58,8 @@ def compare(
             failure, signal, noise = _compare_weight(out, source, t, origin, quantized[t.name])
         elif isinstance(origin, Stored):
             failure = _compare_values(out, source, origin)
+        elif isinstance(origin, View) and not stack_of(t.name):
+            failure = _compare_view(out, source, t, origin)
         else:
             failure = _compare_copy(out, source, origin.tensors[0] if origin else t)
         if progress:
@@ -80,6 +83,21 @@ def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | N
         n = min(1 << 20, t.nbytes - at)
         if bytes_of(out, u, at, n) != bytes_of(source, t, at, n):
             return f"{t.name!r} differs from the source within bytes {at} to {at + n}"
+    return None
+
+
+def _compare_view(out: Checkpoint, source: Checkpoint, t: TensorInfo, v: View) -> str | None:
+    """Whether a tensor holds what lies in a larger one of the source."""
+    u = out.tensors[t.name]
+    if (u.dtype, u.shape) != (t.dtype, t.shape):
+        found, wanted = text_of((u.dtype, u.shape)), text_of((t.dtype, t.shape))
+        return f"{t.name!r} is {found}, the source has {wanted}"
+    width = v.cols * DTYPES[t.dtype].itemsize
+    height = slab_rows(1, width, SLAB)
+    for first in range(0, v.rows, height):
+        n = min(height, v.rows - first)
+        if bytes_of(out, u, first * width, n * width) != v.read(source, first, n).tobytes():
+            return f"{t.name!r} differs from the source within rows {first} to {first + n}"
     return None
 
 

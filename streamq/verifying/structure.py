@@ -59,9 +59,10 @@ def _never(module: str) -> str | None:
     return None
 
 
-def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) -> None:
+def check_scales(
+    checkpoint: Checkpoint, weights: list[Stored], family: Family, report: Report
+) -> None:
     """Scales are finite and above zero, and global scales equal inside fused groups."""
-    family = Family(checkpoint.config)
     shared: dict[tuple[str, str], tuple[str, float]] = {}
     for s in weights:
         t = s.tensors[s.format.scale_suffix]
