@@ -212,11 +212,12 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 def left_out(ignore: list[str]) -> dict[str, dict[str, Any]]:
-    """``dynamic`` for modules in layers; gptqmodel leaves those elsewhere alone.
+    """``dynamic`` for modules in layers and projections; gptqmodel leaves others alone.
 
     It reads no other key that names them, for AWQ too, and loads weights wrong without a word.
     """
-    return {f"-:^{re.escape(name)}$": {} for name in ignore if _LAYER.search(name)}
+    left = (name for name in ignore if _LAYER.search(name) or name.endswith("_proj"))
+    return {f"-:^{re.escape(name)}$": {} for name in left}
 
 
 def _in_block(modules: list[str], left: list[str]) -> list[str]:
