@@ -356,3 +356,34 @@ def test_ranks_beyond_the_heads_have_copies_of_keys_and_values(tmp_path):
     found = [w.split("'")[1].rpartition(".")[2] for w in api.plan(
         src, "fp8_block", check_tp=[2]).warnings]  # fmt: skip
     assert found == ["gate_proj", "up_proj", "q_proj"]
+
+
+def test_a_layout_of_experts_of_ones_own(tmp_path):
+    rng = np.random.default_rng(0)
+    name, sizes = "model.layers.0.mlp.experts.", {"gate_up_proj": 256, "down_proj": 128}
+    tensors = {name + p: (rng.standard_normal((2, rows, 128)) * 0.02).astype(ml_dtypes.bfloat16)
+               for p, rows in sizes.items()}  # fmt: skip
+    src = write_checkpoint(tmp_path / "in", tensors, {"model_type": "unheard_of"})
+    with pytest.raises(PlanError, match="recipe"):
+        api.plan(src, "w4a16")
+    recipe = rules(
+        ("*.experts.*", "w4a16"), experts=[{"pattern": "*.experts.*", "layout": "plain"}]
+    )
+    found = schemes_of(api.plan(src, recipe=recipe))
+    assert set(found) == {f"{name}{e}.{p}_proj" for e in range(2) for p in ("gate", "up", "down")}
+    api.convert(src, tmp_path / "out", recipe=recipe)
+    assert verify(tmp_path / "out").failures == []
+    recipe["experts"][0]["layout"] = "interleaved"
+    api.convert(src, tmp_path / "other", recipe=recipe)
+    one, two = (tensors_of(tmp_path / n)[f"{name}0.up_proj.weight_packed"][1]
+                for n in ("out", "other"))  # fmt: skip
+    assert one != two
+
+
+def test_the_example_of_the_documentation_is_a_recipe():
+    text = (RECIPES.parent / "docs" / "recipes.md").read_text()
+    recipe = load(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert [rule.scheme and rule.scheme.name for rule in recipe.rules] == ["NVFP4", "W8A16", None]
+    assert {f"{p.name}" for p in RECIPES.glob("*")} == {
+        line.split("|")[1].strip() for line in text.splitlines() if ".toml |" in line
+    }

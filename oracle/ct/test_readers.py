@@ -6,8 +6,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from compressed_tensors.utils.match import is_match, match_targets
 from mixed import configs
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.compressed_tensors import get_experts_scheme
 
+from streamq import api
 from streamq.verifying.readers import Readers
 
 CASES = {name: (config, modules) for name, config, modules in configs()}
@@ -79,3 +81,42 @@ def test_the_group_that_transformers_takes_for_fused_experts(name):
     schemes = {scheme for module, scheme in modules.items() if ".experts." in module}
     if None not in schemes:
         assert {found.weights.num_bits} == {scheme.bits for scheme in schemes}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A random model with experts, as transformers saves it."""
+    torch.manual_seed(0)
+    made = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64, hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4,
+            num_experts_per_tok=2, tie_word_embeddings=False, mlp_only_layers=[],
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("moe") / "in"
+    made.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("experts", "attention"),
+    [("w4a16", "w8a16"), ("w8a16", "w4a16"), ("fp8_dynamic", "w4a16"), ("w4a16", "keep")],
+)
+def test_transformers_computes_with_the_values_of_mixed_experts(experts, attention, moe, tmp_path):
+    """To the bit what it makes of the same values in bf16; it fuses the experts as it loads."""
+    recipe = {
+        "rule": [{"pattern": "*.mlp.experts.*", "scheme": experts},
+                 {"pattern": "*.self_attn.*", "scheme": attention}],
+    }  # fmt: skip
+    api.convert(moe, tmp_path / "out", recipe=recipe)
+    api.convert(tmp_path / "out", tmp_path / "bf16", "bf16")
+    logits = []
+    for folder in (tmp_path / "out", tmp_path / "bf16"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, output_loading_info=True
+        )
+        assert {k: v for k, v in info.items() if v} == {}
+        with torch.no_grad():
+            logits.append(model.eval()(torch.arange(32).reshape(2, 16)).logits)
+    assert torch.equal(*logits)

@@ -109,11 +109,12 @@ class CompressedTensors(Format):
         for scheme, modules in schemes.items():
             alike.setdefault(repr(_group(scheme, [])), (scheme, []))[1].extend(modules)
         # transformers takes the first group whose regexes say "experts" for those it fuses.
-        found = sorted(alike.values(), key=lambda group: not any(map(is_expert, group[1])))
+        found = list(alike.values())
+        if len(found) > 1:
+            found.sort(key=lambda group: not any(map(is_expert, group[1])))
         names = [modules for _, modules in found]
-        targets = targets_of(names, ignore)
-        if len(found) == 1:
-            targets = [["Linear", *sorted(filter(is_no_linear, names[0]))]]
+        alone = [["Linear", *sorted(filter(is_no_linear, names[0]))]] if len(found) == 1 else None
+        targets = alone or targets_of(names, ignore)
         formats = {format_name(scheme) for scheme in schemes}
         quantization = {
             "config_groups": {

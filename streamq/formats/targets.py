@@ -27,7 +27,7 @@ def is_expert(module: str) -> bool:
 
 def is_no_linear(module: str) -> bool:
     """Whether "Linear" does not take it everywhere: embeddings, and the head in vLLM."""
-    return "*" not in collapse(module)
+    return _NUMBER.search(module) is None
 
 
 def targets_of(groups: Sequence[Iterable[str]], ignore: Iterable[str]) -> list[list[str]]:
