@@ -261,8 +261,10 @@ TAMPERS = [Tamper(*row) for row in [
      recast(SCALE, shape=[8, 128]), r"is F8_E4M3 \[8, 128\], NVFP4 has F8_E4M3 \[128, 8\]"),
     ("scale without columns", "FP8_DYNAMIC", ALONE,
      recast(SCALE, shape=[128]), r"is BF16 \[128\], FP8_DYNAMIC has BF16 \[128, 1\]"),
-    ("scale dropped", "NVFP4", ALONE, drop(SCALE), "no weight of two dimensions with its weight_scale"),
-    ("codes dropped", "NVFP4", ALONE, drop(Q + ".weight_packed"), "no weight of two dimensions with its weight_scale"),
+    ("scale dropped", "NVFP4", ALONE,
+     drop(SCALE), "no weight of two dimensions with its weight_scale"),
+    ("codes dropped", "NVFP4", ALONE,
+     drop(Q + ".weight_packed"), "no weight of two dimensions with its weight_scale"),
     # constants
     *BAD_CONSTANTS,
     ("global scale unequal in q, k, v", "NVFP4", ALONE,

@@ -328,9 +328,7 @@ def test_verify_with_a_quantized_source(first, then, made, tmp_path):
     other = tmp_path / "other"
     run_convert(src, other, "F32")
     with open_checkpoint(other) as c:
-        target = max(
-            (t for t in c.tensors.values() if t.name in QUANTIZED), key=lambda t: t.nbytes
-        )
+        target = max((t for t in c.tensors.values() if t.name in QUANTIZED), key=lambda t: t.nbytes)
     path = other / target.file
     raw = bytearray(path.read_bytes())
     raw[target.start : target.start + 4] = np.float32(1e3).tobytes()

@@ -1,4 +1,4 @@
-"""gpt-fast's own names, with q, k and v in one weight whose heads are ordered as it rotates them."""
+"""gpt-fast's own names: q, k and v in one weight, heads ordered as it rotates them."""
 
 import ml_dtypes
 import numpy as np

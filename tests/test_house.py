@@ -18,7 +18,7 @@ FLOORS = [
     {"tensors"},
     {"schemes"},
     {"checkpoint", "writer", "families", "kernels"},
-    {"formats", "quality", "recipe", "views"},
+    {"formats", "nz", "quality", "recipe", "views"},
     {"stored"},
     {"planning"},
     {"converting", "measure", "reindexing", "verifying", "progress"},

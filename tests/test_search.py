@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from streamq.kernels import cpu, reference
-from streamq.kernels.reference import search as reference_search
 from streamq.kernels.golden import DTYPES, NUMERICS, outer_of
+from streamq.kernels.reference import search as reference_search
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import ALL, SCHEMES, Scheme

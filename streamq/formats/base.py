@@ -47,8 +47,6 @@ class Format:
     mixes = False
     #: Whether it holds experts and nothing else, all of a layer in one tensor.
     stacks = False
-    #: Whether experts that a source has in one tensor become weights of their own.
-    splits = True
 
     # --- writing ------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ presence of their ``scales``; an entry of a module's name in the config comes be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from streamq.errors import CheckpointError, NonFiniteError, PlanError
 from streamq.kernels.reference import E4M3
 from streamq.schemes import BYTES, SCHEMES, Packing, Quantized, Scheme
-from streamq.tensors import TensorInfo
+from streamq.tensors import TensorInfo, stack_of
 
 from .base import Array, Format, Read, Rules, integer, quantization_of, scale_tag
 from .layout import Layout, Role, make_layout, rows_entry
@@ -29,6 +30,18 @@ GROUPS = (32, 64, 128)
 _MODES = {"mxfp4": ("MXFP4A16", 4, 32), "mxfp8": ("MXFP8A16", 8, 32), "nvfp4": ("NVFP4A16", 4, 16)}
 _MODE_OF = {preset: mode for mode, (preset, _, _) in _MODES.items()}
 
+#: One expert of a layer, and what mlx-lm calls its projections.
+_EXPERT = re.compile(
+    r"(.*\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)(\.weight|\.bias|)"
+)
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+#: Models whose stacks mlx-lm has elsewhere, or takes for a sign that norms are changed already.
+_ELSEWHERE = (
+    "Klear", "afmoe", "deepseek_v4", "deepseek_v41", "diffusion_gemma", "dots1", "gemma4",
+    "gemma4_unified", "gpt_oss", "kimi_k3", "kimi_linear", "llama4", "muse_spark", "nemotron_h",
+    "qwen3_next",
+)  # fmt: skip
+
 
 class Mlx(Format):
     """``weight`` as U32 words, ``scales`` and, for integers, ``biases``.
@@ -38,7 +51,6 @@ class Mlx(Format):
     """
 
     name = method = "mlx"
-    splits = False
     loaders = "mlx-lm"
     presets = (
         *(f"W{b}A16_ASYM" for b in (4, 2, 3, 5, 6)), *(f"W{b}A16" for b in BITS), *_MODE_OF,
@@ -100,16 +112,44 @@ class Mlx(Format):
             zero_point = (zero - half).astype(np.int8)
         return replace(q, zero_point=zero_point, bias=bias)
 
+    @staticmethod
+    def place_of(name: str, model_type: str) -> tuple[str, int] | None:
+        """The stack that mlx-lm has the tensor or module of an expert in, and its place there.
+
+        None for what is none, and for models whose experts are not in a ``switch_mlp``.
+        """
+        found = _EXPERT.fullmatch(name) if ".experts." in name else None
+        if found is None or not Mlx.has_stacks(model_type):
+            return None
+        parent, number, leaf, suffix = found.groups()
+        return f"{parent}switch_mlp.{_PROJECTIONS.get(leaf, leaf)}{suffix}", int(number)
+
+    @staticmethod
+    def has_stacks(model_type: str) -> bool:
+        """Whether the experts of a model are written in stacks."""
+        return model_type.removesuffix("_text") not in _ELSEWHERE
+
+    def joined(self, module: str, suffix: str) -> str:
+        """See ``Format.joined``."""
+        return super().joined(_module(module), suffix)
+
+    def original(self, module: str) -> str:
+        """See ``Format.original``; a weight of a stack has its name already."""
+        return module if stack_of(module) else super().original(module)
+
+    def slices(
+        self, module: str, tensors: dict[str, TensorInfo]
+    ) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+        """See ``Format.slices``."""
+        if "weight" in tensors and len(tensors["weight"].shape) == 3:
+            return self.experts_of(super().original(module), tensors)
+        return super().slices(module, tensors)
+
     def shape_of(
         self, name: str, found: Mapping[str, TensorInfo], scheme: Scheme, read: Read
     ) -> tuple[int, int]:
         """See ``Format.shape_of``."""
         shape = found["weight"].shape
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"{name + '.weight'!r} of shape {list(shape)} holds the experts of a layer in one, "
-                "which streamq cannot split yet."
-            )
         return shape[0], shape[1] * 32 // scheme.bits
 
     def config(
@@ -145,7 +185,7 @@ class Mlx(Format):
             elif entry is None or isinstance(entry, bool):
                 named[module] = default if entry else None
         ignore = [module for module, scheme in named.items() if scheme is None]
-        return (lambda module: named.get(module, default)), ignore
+        return (lambda module: named.get(_module(module), default)), ignore
 
 
 @cache
@@ -165,6 +205,12 @@ def _layout(rows: int, cols: int, dtype: str, scheme: Scheme) -> Layout:
     if scheme.element == "int":
         entries.append(rows_entry("biases", "bias", tag, shape, 1, direct=False))
     return make_layout(rows, cols, dtype, entries, scheme.block_of(rows, cols), packing)
+
+
+def _module(name: str) -> str:
+    """The module of a weight of a stack; any other is one already."""
+    stack = stack_of(name)
+    return stack.removesuffix(".weight") if stack else name
 
 
 def _bias(zero: Any, scale: Array) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -50,14 +51,10 @@ def encode(
     Raises PlanError for a tile size or a length that the index cannot hold.
     """
     flat = _flat(data)
-    return encode_tiles_of(
-        flat, _sizes(len(flat), tile_bytes), mode, dictionary, workers=workers
-    )
+    return encode_tiles_of(flat, _sizes(len(flat), tile_bytes), mode, dictionary, workers=workers)
 
 
-def decode(
-    stream: Buffer, index: Buffer, tile_bytes: int, *, workers: int | None = None
-) -> bytes:
+def decode(stream: Buffer, index: Buffer, tile_bytes: int, *, workers: int | None = None) -> bytes:
     """The data of ``encode``, whatever its mode and its dictionary were.
 
     Raises CheckpointError, which names the tile, where stream or index are damaged as far as
@@ -89,6 +86,11 @@ def encode_tiles_of(
     if mode not in PLANS or dictionary not in ("call", "tile"):
         raise PlanError(f"no codec {mode!r} with a dictionary per {dictionary!r}")
     flat, plan = _flat(data), PLANS[mode]
+    for size in {*sizes}:
+        if size % TILE_STEP or not 0 < size <= MAX_TILE:
+            raise PlanError(_bad_tile(size))
+    if len(flat) != sum(sizes):
+        raise PlanError(f"tiles of {sum(sizes)} bytes do not cut {len(flat)} bytes")
     starts = np.cumsum([0, *sizes], dtype=np.int64)
     names, kinds = np.unique(np.diff(starts), return_inverse=True)
     shared = None
@@ -157,15 +159,16 @@ def _decode(flat: Array, entries: Array, sizes: Sequence[int], workers: int | No
 def _ranked(counts: Array) -> Array:
     """The bytes by rank, u8 ``[kinds, 256]``."""
     ranked = np.empty(counts.shape, np.uint8)
-    for of, out in zip(counts, ranked, strict=True):
-        rank(of, out)
+    for kind in range(len(counts)):
+        rank(counts[kind], ranked[kind])
     return ranked
 
 
 def _over(task: Callable[[int, int], T], starts: Array, workers: int | None) -> list[T]:
     """``task(first, stop)`` over portions of the tiles, in order; threads where it pays."""
-    cuts = np.searchsorted(starts, np.arange(0, starts[-1], _PORTION)).tolist()
-    spans = list(zip(cuts, [*cuts[1:], len(starts) - 1], strict=True))
+    steps = np.searchsorted(starts, np.arange(0, starts[-1], _PORTION))
+    cuts = np.unique(np.append(steps, len(starts) - 1)).tolist()
+    spans = list(pairwise(cuts))
     workers = min(len(spans), workers or os.cpu_count() or 1)
     if workers <= 1:
         return [task(*span) for span in spans]
@@ -174,10 +177,15 @@ def _over(task: Callable[[int, int], T], starts: Array, workers: int | None) -> 
 
 
 def _flat(data: Buffer) -> Array:
-    """As u8 ``[n]``, aligned; copied only where it was not contiguous."""
+    """As u8 ``[n]``, copied only where it was not contiguous.
+
+    Read-only as bytes are, so that the kernels are compiled for one kind of array.
+    """
     if isinstance(data, np.ndarray):
-        return np.require(data, requirements="CA").reshape(-1).view(np.uint8)
-    return np.frombuffer(data, np.uint8)
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    flat = np.frombuffer(data, np.uint8)
+    flat.flags.writeable = False
+    return flat
 
 
 def _entries(index: Buffer) -> Array:

@@ -9,11 +9,27 @@ from __future__ import annotations
 import numpy as np
 
 from .tables import (
-    BLOCK, CODINGS, END, END_BITS, ENGINES, HEADER, LANE, LITERAL, LITERAL_BITS, LONG_END,
-    REVERSED, UNIT, Array, checks, copy_words, jit,
+    BLOCK,
+    CODINGS,
+    END,
+    END_BITS,
+    ENGINES,
+    HEADER,
+    LANE,
+    LITERAL,
+    LITERAL_BITS,
+    LONG_END,
+    REVERSED,
+    UNIT,
+    Array,
+    Mode,
+    Number,
+    checks,
+    copy_words,
+    jit,
+    u8,
+    u64,
 )  # fmt: skip
-
-u8, u64 = np.uint8, np.uint64
 
 #: Why a tile cannot be decoded, by the code that ``decode_tiles`` returns.
 REASONS = (
@@ -36,19 +52,20 @@ _LOW, _HIGH = CODINGS["low"].mark, CODINGS["high"].mark
 _ONES = 0xFFFFFFFFFFFFFFFF
 
 
-def _lookup(mode: str) -> Array:
+def _lookup(mode: Mode) -> Array:
     """What the lowest 9 bits of a packet mean: i16 ``[512, 6]``.
 
     The columns: bits, bytes, then up to three ranks, with a run of n zero bytes as -n and
     nothing as _NOTHING. 0 bits: a literal, the end, or no code. A symbol is taken only while all
     fits into 9 bits and 16 bytes, of which the last 8 are zero bytes.
     """
-    coding = CODINGS[mode]  # type: ignore[index]
+    coding = CODINGS[mode]
     symbols = {(c, b): r for r, (c, b) in enumerate(zip(coding.codes, coding.bits, strict=True))}
     symbols |= {(code, bits): -run for run, code, bits in coding.runs}
     table = np.full((512, 6), _NOTHING, np.int16)
     for window in range(512):
-        at, size, found = 0, 0, []
+        at, size = 0, 0
+        found: list[int] = []
         while True:
             fits = [
                 (bits, symbol)
@@ -105,14 +122,16 @@ def _learn(head: Array, high: bool, table: Array) -> None:
 
 
 @jit
-def _store(out: Array, at: int, value: int) -> None:
+def _store(out: Array, at: Number, value: Number) -> None:
     """Eight bytes, lowest first; one instruction once compiled."""
     for b in range(8):
         out[u64(at) + u64(b)] = u8(value >> u64(8 * b))
 
 
 @jit
-def _engine(words: Array, count: int, table: Array, high: bool, out: Array, size: int) -> int:
+def _engine(
+    words: Array, count: Number, table: Array, high: bool, out: Array, size: Number
+) -> Number:
     """Decode ``count`` words (u64) into ``out[:size]``; where they end in bytes, or -reason."""
     ones = u64(_ONES)
     zeros = table[512, 0]
@@ -146,7 +165,7 @@ def _engine(words: Array, count: int, table: Array, high: bool, out: Array, size
             if at > u64(64) or bits != ones:
                 return -_PACKET
             continue
-        if i < full:
+        if end < full:
             i = end  # behind 64 bytes a packet is zeros, which read as zero bytes
             continue
         if i > full or at > u64(64):
@@ -164,9 +183,9 @@ def _engine(words: Array, count: int, table: Array, high: bool, out: Array, size
 
 @jit
 def _tile(
-    stream: Array, start: int, count: int, out: Array, first: int, size: int, engine: Array,
-    lane: Array, table: Array, known: Array,
-) -> int:  # fmt: skip
+    stream: Array, start: Number, count: Number, out: Array, first: Number, size: Number,
+    engine: Array, lane: Array, table: Array, known: Array,
+) -> Number:  # fmt: skip
     """Decode a tile: ``count`` words an engine to ``size`` words an engine; 0, or why not.
 
     ``stream``, ``out``: u64, from ``start`` and ``first``. ``engine``: u8; ``lane``: u64.
@@ -201,7 +220,7 @@ def _tile(
 
 
 @jit
-def _raw_tile(stream: Array, start: int, out: Array, first: int, size: int) -> None:
+def _raw_tile(stream: Array, start: Number, out: Array, first: Number, size: Number) -> None:
     """A tile that was not compressed: dealt to engines in 64 bytes, interleaved in 32."""
     step, words = LANE // 8, BLOCK // 8
     for i in range(0, size, words):
@@ -212,7 +231,7 @@ def _raw_tile(stream: Array, start: int, out: Array, first: int, size: int) -> N
 
 
 @jit
-def decode_tiles(stream: Array, entries: Array, starts: Array, out: Array) -> tuple[int, int]:
+def decode_tiles(stream: Array, entries: Array, starts: Array, out: Array) -> tuple[Number, Number]:
     """Decode tiles into ``out[starts[t] - starts[0]:]`` (u8); (tile, reason) of the first bad.
 
     ``entries``: i64 ``[tiles, 3]``, offset and length in bytes, both inside of ``stream``
@@ -232,9 +251,7 @@ def decode_tiles(stream: Array, entries: Array, starts: Array, out: Array) -> tu
         start, first = entries[t, 0] // 8, (starts[t] - starts[0]) // 8
         if entries[t, 2]:
             count = entries[t, 1] // (ENGINES * 8)
-            reason = _tile(
-                words, start, count, decoded, first, size, engine, lane, table, known
-            )
+            reason = _tile(words, start, count, decoded, first, size, engine, lane, table, known)
             if reason:
                 return t, reason
         else:

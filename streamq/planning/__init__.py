@@ -16,15 +16,16 @@ from streamq.errors import PlanError
 from streamq.families import Family, is_expert_stack
 from streamq.formats import Format, default_format, format_of, quantization_of
 from streamq.stored import Stored, Where, find_stored
-from streamq.tensors import TensorInfo, size_text
+from streamq.tensors import TensorInfo, element, size_text
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
-from .experts import experts_of, transposed
+from .experts import experts_of, straight, transposed
 from .gpt_fast import joined_of
 from .kept import rules, stays_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
 from .shards import check_tp
+from .stacking import place_of, stacks_of
 from .types import (
     MAX_MEMORY,
     SLAB,
@@ -41,7 +42,7 @@ from .ways import expert_warnings, recipe_warnings
 
 __all__ = [
     "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "make_plan", "refuse_overlap", "slab_rows", "transposed", "weights_in",
+    "make_plan", "refuse_overlap", "slab_rows", "straight", "transposed", "weights_in",
 ]  # fmt: skip
 
 
@@ -72,7 +73,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     warnings += recipe_warnings(tensors, choice.kept, options)
     warnings += expert_warnings(choice.modules)
     warnings += block_warnings(tensors, choice, homes)
-    shards = place(_rows(source, tensors, choice, homes, weights), source.files, options)
+    stacks = stacks_of(tensors, weights, choice, family, fmt)
+    homes |= stacks.homes
+    rows = _rows(source, stacks.tensors, choice, homes, stacks.weights)
+    shards = place(rows, source.files, options)
     refuse_impossible(shards)
     heads = family.config.get("num_key_value_heads")
     warnings += check_tp(shards, options.check_tp, heads if isinstance(heads, int) else None)
@@ -82,7 +86,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     if fmt.mixes:  # loaders look for the experts of a stack by their own names
         ignored += [t.name.removesuffix(".weight") for t, _ in unquantized
                     if is_expert_stack(t.name, t.shape)]  # fmt: skip
-    config = fmt.config(choice.modules, sorted(ignored), _without_quantization(source))
+    modules = {scheme: list(dict.fromkeys(stacks.modules.get(m, m) for m in names))
+               for scheme, names in choice.modules.items()}  # fmt: skip
+    ignored = sorted(dict.fromkeys(stacks.modules.get(m, m) for m in ignored))
+    config = fmt.config(modules, ignored, _without_quantization(source))
     said = quantization_of(source.config).get("kv_cache_scheme")
     if said and fmt.name == format_of(source.config).name == "compressed-tensors":
         config["quantization_config"]["kv_cache_scheme"] = said
@@ -123,7 +130,14 @@ def weights_in(
     weights: dict[str, Where] = {
         **find_stored(source), **experts.views, **joined_of(source, fmt),
     }  # fmt: skip
-    return weights, _as_weights(source, weights, experts.rows, fmt)
+    tensors = _as_weights(source, weights, experts.rows, fmt)
+    for i, t in enumerate(tensors):
+        if (place := place_of(t.name, family, fmt)) and place[0] in held:
+            name = element(*place)
+            tensors[i] = t._replace(name=name)
+            if t.name in weights:
+                weights[name] = weights.pop(t.name)
+    return weights, tensors
 
 
 def _as_weights(

@@ -84,8 +84,8 @@ def choose(
         s = stored.get(t.name)
         if isinstance(s, Stored):
             target, scheme = way.decide(s, reason)
-            if target is not None and not (target.format.stacks or target.scheme.is_float):
-                _refuse_stack(t.name, target.format)
+            if target is not None and not target.scheme.is_float:
+                _refuse_stack(t.name, s.format, target.format)
             if scheme is None:
                 choice.dequantized.append(s.module)
         elif plain and not stored and _is_cast(t, reason, options.scheme):
@@ -125,11 +125,12 @@ def _is_cast(t: TensorInfo, reason: str | None, scheme: Scheme) -> bool:
     return other and is_linear_like(t) and not asked(reason or "")
 
 
-def _refuse_stack(name: str, fmt: Format) -> None:
-    if (stack := stack_of(name)) is not None:
+def _refuse_stack(name: str, held: Format, fmt: Format) -> None:
+    stack = stack_of(name)
+    if stack is not None and held.name != fmt.name:
         raise PlanError(
             f"{stack!r} holds quantized experts in one tensor, which the format {fmt.name} cannot "
-            "hold; convert to floats with -s bf16 first, or choose --format gpt-oss."
+            f"hold; convert to floats with -s bf16 first, or choose --format {held.name}."
         )
 
 

@@ -9,6 +9,7 @@ from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
 from streamq.families import ExpertLayout, Family, collapse, expert_name, is_expert_stack
 from streamq.formats import Format
+from streamq.formats.mlx import Mlx
 from streamq.recipe import LAYOUTS
 from streamq.tensors import DTYPES, FLOATS, TensorInfo, element
 from streamq.views import View
@@ -53,7 +54,7 @@ def experts_of(source: Checkpoint, family: Family, fmt: Format, stays: Stays) ->
             experts.views.update(pieces)
             continue
         split.setdefault(t.name.removesuffix(".weight").rpartition(".")[0], t.name)
-        _refuse_unread(t, layout, fmt)
+        _refuse_unread(t, layout, fmt, family)
         bias = source.tensors.get(t.name.removesuffix(".weight") + "_bias")
         for stack, found in ((t, pieces), (bias, dict(_biases(bias, layout, t)) if bias else {})):
             if stack is None:
@@ -81,9 +82,10 @@ def _tensors(t: TensorInfo, pieces: dict[str, View]) -> list[TensorInfo]:
     return [TensorInfo(name, t.dtype, v.shape, t.file, v.start) for name, v in pieces.items()]
 
 
-def _refuse_unread(t: TensorInfo, layout: ExpertLayout, fmt: Format) -> None:
-    if layout.unread or not fmt.splits:
-        why = layout.unread or f"the format {fmt.name} wants stacks, which are not written yet"
+def _refuse_unread(t: TensorInfo, layout: ExpertLayout, fmt: Format, family: Family) -> None:
+    elsewhere = isinstance(fmt, Mlx) and not fmt.has_stacks(family.model_type)
+    if layout.unread or elsewhere:
+        why = layout.unread or f"stacks of {family.model_type} are not written for {fmt.name} yet"
         raise PlanError(
             f"tensor {t.name!r} holds the experts of a layer in one: {why}, or leave them with "
             f"{_ignore(t.name)}."
@@ -143,6 +145,15 @@ def undeclared(t: TensorInfo, family: Family) -> PlanError | None:
         f'[[experts]] with pattern = "{pattern}" and '
         f"layout = {' or '.join(map(repr, LAYOUTS))}, or {ignore}"
     )
+
+
+def straight(t: TensorInfo) -> dict[str, View]:
+    """A weight ``[out, in]`` for each expert of ``[experts, out, in]``."""
+    count, rows, cols = t.shape
+    size = rows * cols * DTYPES[t.dtype].itemsize
+    return {
+        element(t.name, i): View(t, t.start + i * size, rows, cols, cols, 1) for i in range(count)
+    }
 
 
 def transposed(t: TensorInfo) -> dict[str, View]:

@@ -29,7 +29,9 @@ from streamq.writer import build_header, quoted
 from .types import SLAB, STRIP, Array, Copy, Options, ShardPlan, Target, Weights, slab_rows
 
 #: The number of a weight in its stack, in the middle of a name.
-_ELEMENT = re.compile(r"\[#\d+\]")
+_ELEMENT = re.compile(r"\[#(\d+)\]")
+#: A weight of a stack that has a suffix itself, which others take the place of.
+_IN_STACK = re.compile(r"(?<=\.)weight(\[#\d+\])$")
 
 
 class Rows(NamedTuple):
@@ -100,7 +102,13 @@ def _table(rows: Rows, files: list[str], options: Options) -> _Table:
                        [t.start for t in rows.tensors]]).T  # fmt: skip
     homes = np.array(rows.homes)
     table = _Table(rows.tensors, homes, np.array(group), np.array(kind), places, named, layouts)
-    return table.part(np.argsort(homes, kind="stable"))
+    return table.part(np.lexsort((_numbers(rows.tensors), homes)))
+
+
+def _numbers(tensors: list[TensorInfo]) -> Array:
+    """The number of each weight in its stack: files may have ``experts.10`` before 2."""
+    found = [_ELEMENT.search(t.name) if t.name.endswith("]") else None for t in tensors]
+    return np.array([int(m[1]) if m else 0 for m in found])
 
 
 def _split(table: _Table, shard_size: int | None) -> Iterator[_Table]:
@@ -209,7 +217,8 @@ def _weights(
 
 def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
-    modules = quoted([t.name.removesuffix("weight") for t in weights.tensors])
+    modules = quoted([_IN_STACK.sub(r"\1", t.name.removesuffix("weight"))
+                      for t in weights.tensors])  # fmt: skip
     used, kind = np.unique(weights.kind, return_inverse=True)
     layouts = [weights.layouts[k] for k in used.tolist()]
     for slot, head in enumerate(layouts[0].entries):

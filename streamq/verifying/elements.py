@@ -14,7 +14,7 @@ from streamq.families import Family
 from streamq.formats import Format
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
 from streamq.kernels.reference import group as reference_group
-from streamq.planning import slab_rows, transposed, weights_in
+from streamq.planning import slab_rows, straight, transposed, weights_in
 from streamq.schemes import Quantized, Scheme
 from streamq.stored import SLAB, Array, Stored, Where, bytes_of, read_rows, slabs, text_of
 from streamq.tensors import DTYPES, FLOATS, TensorInfo, stack_of
@@ -60,8 +60,11 @@ def compare(
             failure = _compare_values(out, source, origin)
         elif isinstance(origin, View) and not stack_of(t.name):
             failure = _compare_view(out, source, t, origin)
+        elif origin is None and stack_of(t.name):
+            failure = _compare_copy(source, t, out, _of_stack(out, t.name))
         else:
-            failure = _compare_copy(out, source, origin.tensors[0] if origin else t)
+            copied = origin.tensors[0] if origin else t
+            failure = _compare_copy(source, copied, out, out.tensors[copied.name])
         if progress:
             progress(origin.nbytes if origin else t.nbytes, t.name)
         return t.name, failure, signal, noise
@@ -74,8 +77,14 @@ def compare(
                 report.quality.add(name, signal, noise)
 
 
-def _compare_copy(out: Checkpoint, source: Checkpoint, t: TensorInfo) -> str | None:
-    u = out.tensors[t.name]
+def _of_stack(out: Checkpoint, name: str) -> TensorInfo:
+    """One of the equal parts that a tensor holds."""
+    stack = out.tensors[stack_of(name) or name]
+    part = stack._replace(name=name, shape=stack.shape[1:])
+    return part._replace(start=stack.start + int(name[name.rindex("#") + 1 : -1]) * part.nbytes)
+
+
+def _compare_copy(source: Checkpoint, t: TensorInfo, out: Checkpoint, u: TensorInfo) -> str | None:
     if (u.dtype, u.shape) != (t.dtype, t.shape):
         found, wanted = text_of((u.dtype, u.shape)), text_of((t.dtype, t.shape))
         return f"{t.name!r} is {found}, the source has {wanted}"
@@ -108,7 +117,7 @@ def _compare_values(out: Checkpoint, source: Checkpoint, s: Stored) -> str | Non
     dtype = DTYPES[u.dtype].numpy
     if u.dtype not in FLOATS or dtype is None or u.shape[-1] * u.shape[-2] != prod(s.shape):
         return f"{u.name!r} is {text_of((u.dtype, u.shape))}, the source has {list(s.shape)}"
-    view = transposed(u)[s.name] if stack else None
+    view = (transposed if s.format.stacks else straight)(u)[s.name] if stack else None
     for first, rows in slabs(s):
         with np.errstate(over="ignore"):
             w = dequantize(read_rows(source, s, first, rows), s.scheme).astype(dtype)
