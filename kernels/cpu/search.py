@@ -68,9 +68,11 @@ def _integers(
         packing.bits if packing.kind == "words" else 0, out.codes.view(np.uint8), scale,
         np.empty((len(bits), 0), np.int8) if zero is None else zero,
     )  # fmt: skip
+    if top >= INF_BITS:
+        return top  # the caller names the weight; the scales of its row may be unwritten
     if narrow:
         out.scale[...] = scale
-    if top < INF_BITS and not np.isfinite(scale).all():
+    if not np.isfinite(scale).all():
         row, col = np.argwhere(~np.isfinite(scale))[0]
         raise NonFiniteError("scale", int(row), int(col))
     return top
