@@ -41,6 +41,18 @@ def moe(hidden: int, inter: int, layers: int, experts: int, vocab: int) -> Shape
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
+def stacked(hidden: int, inter: int, layers: int, experts: int, vocab: int) -> Shapes:
+    """A mixture whose experts lie in one 3-D tensor a projection, transposed as qwen3_vl_moe's."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        shapes |= _attention(layer, hidden)
+        shapes[layer + "mlp.gate.weight"] = (experts, hidden)
+        shapes[layer + "mlp.experts.gate_up_proj"] = (experts, hidden, 2 * inter)
+        shapes[layer + "mlp.experts.down_proj"] = (experts, inter, hidden)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
 def experts_only(layers: int, experts: int, rows: int, cols: int) -> Shapes:
     """Nothing but experts: many tensors of one size."""
     return {
@@ -70,6 +82,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[], Shapes], int]] = {
     "S": ("1 GB llama", lambda: llama(2048, 8192, 8, 16384), 2),
     "M": ("4 GB llama", lambda: llama(4096, 11008, 10, 32768), 4),
     "MoE": ("2 GB mixture of experts", lambda: moe(1536, 512, 6, 64, 16384), 2),
+    "F3D": ("2 GB, experts in 3-D tensors", lambda: stacked(2048, 768, 6, 32, 16384), 1),
     "K": ("70,000 tensors of 64 KB", lambda: experts_only(60, 389, 128, 256), 4),
     "L": ("the bytes of K in tensors of 96 MB", lambda: experts_only(2, 8, 11670, 4096), 4),
     "H10": ("10 GB llama", lambda: llama(8192, 28672, 5, 65536), 4),
@@ -111,6 +124,10 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     """Of a llama; with its sizes, which some tools ask for, where it is a dense one."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
     layer = "model.layers.0."
+    stack = shapes.get(layer + "mlp.experts.down_proj")
+    if stack:
+        sizes = zip(("num_experts", "moe_intermediate_size", "hidden_size"), stack, strict=True)
+        return config | {"model_type": "qwen3_vl_moe", **dict(sizes)}
     if layer + "mlp.gate_proj.weight" not in shapes or "lm_head.weight" not in shapes:
         return config
     inter, hidden = shapes[layer + "mlp.gate_proj.weight"]

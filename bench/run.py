@@ -1,6 +1,6 @@
 """Whole conversions side by side: alternating runs, medians, whole processes.
 
-    python bench/run.py                       S, M, MoE, NVFP4A16 and FP8_BLOCK, and K against L
+    python bench/run.py                       S, M, MoE, F3D in NVFP4A16, FP8_BLOCK; K against L
     python bench/run.py -c M -s w4a16 -r 9    one checkpoint, one scheme, nine rounds
     python bench/run.py --kernels             GB/s of every kernel beside memcpy
     python bench/run.py --peers -r 3          other tools, where `make peers` installed them
@@ -192,7 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("-c", "--checkpoint", action="append", choices=["S", "M", "MoE", "K"])
+    names = ["S", "M", "MoE", "F3D", "K"]
+    parser.add_argument("-c", "--checkpoint", action="append", choices=names)
     parser.add_argument("-s", "--scheme", action="append")
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("--kernels", action="store_true")
@@ -204,7 +205,7 @@ def main() -> None:
         show(measure(), "kernels")
         return
     schemes = o.scheme or ["nvfp4a16", "fp8_block"]
-    names = o.checkpoint or ["S", "M", "MoE", "K"]
+    names = o.checkpoint or names
     if o.peers is not None:
         peers = o.peers or list(PEERS)
         rows = [row for c in o.checkpoint or ["M"] for s in schemes
