@@ -75,8 +75,7 @@ class View(NamedTuple):
         step = self.col_stride * dtype.itemsize
         for left in range(0, self.cols, LINES):
             n = min(LINES, self.cols - left)
-            for i in range(n):
-                checkpoint.pread(file, at + (left + i) * step, raw_lines[i].data)
+            checkpoint.pread_lines(file, at + left * step, step, raw_lines[:n])
             out[:, left : left + n] = lines[:n, :: self.row_stride].T
         return out.view(dtype)
 

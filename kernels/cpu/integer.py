@@ -9,6 +9,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .bits import (
+    ABS_MASK,
     JIT,
     ROUND_F32,
     amax_bits,
@@ -120,13 +121,12 @@ def int_asymmetric(
         row, row_scale, row_zero = x[r], scale[r], zero_point[r]
         out = row_codes if packed_bits else codes[r]
         for g in range(groups):
-            start, stop = g * width, g * width + width
-            largest = max(largest, widen(amax_bits(row, start, stop)))
             least, most = zero_key(x), zero_key(x)
-            for i in range(start, stop):
+            for i in range(g * width, g * width + width):
                 least = min(least, key(row, i))
                 most = max(most, key(row, i))
             low, high = key_value(least), key_value(most)
+            largest = max(largest, f32(low).view(u32) & ABS_MASK, f32(high).view(u32) & ABS_MASK)
             s = round_to(f32(round_to(f32(high - low), step) / f32(hi - lo)), stored)
             z = f32(0)
             if s == f32(0):
@@ -137,12 +137,14 @@ def int_asymmetric(
                 z = f32(np.int8(rint_code(z, lo, hi)))
             row_scale[g] = s
             row_zero[g] = np.int8(z)
+        for g in range(groups):
+            s, z = row_scale[g], f32(row_zero[g])
             if step > ROUND_F32:
-                for i in range(start, stop):
+                for i in range(g * width, g * width + width):
                     q = round_to(f32(round_to(f32(value(row, i) / s), step) + z), step)
                     out[i] = u8(rint_code(q, lo, hi) + offset)
             else:
-                for i in range(start, stop):
+                for i in range(g * width, g * width + width):
                     q = f32(f32(value(row, i) / s) + z)
                     out[i] = u8(rint_code(q, lo, hi) + offset)
         if packed_bits:
