@@ -217,8 +217,10 @@ def _weights(
 
 def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
-    modules = quoted([_IN_STACK.sub(r"\1", t.name.removesuffix("weight"))
-                      for t in weights.tensors])  # fmt: skip
+    names = [t.name.removesuffix("weight") for t in weights.tensors]
+    if _in_stacks(names):
+        names = [_IN_STACK.sub(r"\1", name) for name in names]
+    modules = quoted(names)
     used, kind = np.unique(weights.kind, return_inverse=True)
     layouts = [weights.layouts[k] for k in used.tolist()]
     for slot, head in enumerate(layouts[0].entries):
@@ -228,9 +230,14 @@ def _regions(weights: _Table) -> Iterator[_Region]:
         yield _Region(names, head.dtype, shapes, kind.tolist(), sizes)
 
 
+def _in_stacks(names: list[str]) -> bool:
+    """Whether any is that of one weight of a stack; a look at all at once takes a tenth."""
+    return "[#" in "\n".join(names)
+
+
 def _stacked(region: _Region, starts: Array) -> tuple[_Region, Array]:
     """A region with the weights of each stack as the one tensor that a file has of them."""
-    if not any("[#" in name for name in region.names):
+    if not _in_stacks(region.names):
         return region, starts
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(region.names):

@@ -35,7 +35,7 @@ def stacks_of(
     Raises PlanError for a stack that would be quantized in part, or has no expert of a number.
     """
     found: dict[str, dict[int, int]] = {}
-    for i, t in enumerate(tensors):
+    for i, t in enumerate(tensors if isinstance(fmt, Mlx) else ()):
         if (place := place_of(t.name, family, fmt)) and not _is_copied(t, weights, choice, i):
             found.setdefault(place[0], {})[place[1]] = i
     if not found:
