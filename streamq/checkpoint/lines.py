@@ -11,13 +11,12 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-_pread = nb.types.ExternalFunction(
-    "pread", nb.types.int64(nb.types.int32, nb.types.uintp, nb.types.uint64, nb.types.int64)
-)
+_T: Any = nb.types
+_pread = _T.ExternalFunction("pread", _T.int64(_T.int32, _T.uintp, _T.uint64, _T.int64))
 
 
 @nb.njit(nogil=True, cache=True)
-def read_lines(fd: int, start: int, step: int, into: np.ndarray[Any, Any]) -> int:
+def read_lines(fd: int, start: int, step: int, into: np.ndarray[Any, Any]) -> Any:
     """Fill the rows of ``into``, uint8 ``[lines, bytes]``, from ``start + i * step`` on.
 
     Returns how many are whole: the first that is not meets an error or the end of the file.

@@ -105,7 +105,7 @@ class Checkpoint:
         """
         from .lines import read_lines  # numba takes 0.2 s, and few checkpoints need this
 
-        whole = read_lines(self.fd(file), start, step, into)
+        whole: int = read_lines(self.fd(file), start, step, into)
         for i in range(whole, len(into)):  # interrupted, or an error to tell of
             self.pread(file, start + i * step, into[i].data)
 
