@@ -1,52 +1,146 @@
-"""The output directory: all of it in ``DST.partial``, then renamed in one moment."""
+"""The output directory: all of it below ``DST.partial``, then renamed in one moment."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamq.errors import WriteError
 from streamq.tensors import size_text
+from streamq.trust import RECORD, FileSum, Sums, record_text
 
-from .disk import SyncPool, naming
-from .shard import ShardWriter
+from .disk import SyncPool, lock, naming, write_all
+from .progress import Progress
+from .shard import COPY, ShardWriter, sha256_of
 
 
 class Destination:
-    """The directory ``DST``, built in ``DST.partial``."""
+    """The directory ``DST``, built in ``DST.partial/output``, with a journal beside it.
 
-    def __init__(self, dst: Path, overwrite: bool, sync: bool) -> None:
+    ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
+    """
+
+    def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
         self.dst = dst
         self.partial = dst.with_name(dst.name + ".partial")
-        self._overwrite = overwrite
-        self._sync_enabled = sync
+        self.output = self.partial / "output"
+        self.files: dict[str, FileSum] = {}
         self.sync = SyncPool(sync)
+        self.begun = False
+        self._overwrite = overwrite
+        self._sha256 = sha256
+        self._lock = -1
+        self._progress: Progress | None = None
 
-    def begin(self) -> None:
-        """Make an empty ``DST.partial``, replacing what an interrupted run left there."""
+    @property
+    def progress(self) -> Progress:
+        """What is done and noted, after ``begin``."""
+        assert self._progress is not None
+        return self._progress
+
+    def begin(self, identity: Mapping[str, Any] | None = None, restart: bool = False) -> None:
+        """Make ``DST.partial``, or go on with what an interrupted run left there.
+
+        ``identity``: all that decides the bytes of the output; without one, or with
+        ``restart``, what is there goes. Raises WriteError where another process is at work
+        there, or another conversion was begun.
+        """
         with naming(str(self.partial)):
             if self.partial.is_symlink() or self.partial.is_file():
                 self.partial.unlink()
-            elif self.partial.exists():
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.partial)
+            self._progress = Progress(self.partial, self.output, self.sync)
+            self._progress.begin(None if restart else identity)
+            if not self._progress.goes_on:
+                self._progress.start(identity or {})
+        self.begun = True
 
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
-        """Start a shard."""
-        return ShardWriter(self.partial, name, header, size, self.sync)
+        """Start a shard, or go on with it."""
+        with naming(name):
+            known = self.progress.known(name, size)
+        return ShardWriter(
+            self.output, name, header, size, self.sync, self.progress.journal, known, self._sha256
+        )
 
-    def copy_file(self, source: Path, name: str) -> None:
-        """Copy a file of the source as it is, its mode included."""
-        target = self.partial / name
+    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
+        """Which units of a shard are there from an earlier run; all, if it is complete."""
+        with naming(name):
+            found = self.progress.finished(name, size, units)
+        if name in self.progress.done:
+            self.files[name] = self.progress.done[name].sums
+        return found
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier run has begun the same output."""
+        return self._progress is not None and self._progress.goes_on
+
+    @property
+    def said(self) -> str | None:
+        """Why nothing of an earlier run is used, where that is so."""
+        return self.progress.said
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a file that are there from an earlier run, after ``finished``."""
+        done = self.progress.done.get(name)
+        return done.sums.size if done else self.progress.nbytes.get(name, 0)
+
+    def is_complete(self, name: str) -> bool:
+        """Whether a file is complete from an earlier run."""
+        return name in self.progress.done
+
+    def notes_of(self, name: str) -> list[dict[str, Any]]:
+        """What was noted of the units of a shard that are ``finished``."""
+        done = self.progress.done.get(name)
+        return done.notes if done else self.progress.notes.get(name, [])
+
+    def close_shard(self, shard: ShardWriter) -> None:
+        """Close a shard; from now on it is complete."""
+        notes = self.progress.notes.get(shard.name, [])
+        self._complete(shard.name, shard.close(), notes + shard.notes)
+
+    def _complete(self, name: str, found: FileSum, notes: list[Any]) -> None:
+        self.files[name] = found
+        with naming(name):
+            self.progress.complete(name, found, notes)
+
+    def copy_file(self, source: Path, name: str, keep: bool = False) -> None:
+        """Copy a file of the source as it is, its mode included.
+
+        ``keep``: it is large, so a run that goes on takes it for copied.
+        """
+        if keep and (found := self.progress.done.get(name)):
+            self.files[name] = found.sums
+            return
+        target = self.output / name
         with naming(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            with source.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+                try:
+                    sums, at = Sums(size), 0
+                    buffer = memoryview(bytearray(min(COPY, size)))
+                    while at < size:
+                        n = file.readinto(buffer)
+                        if not n:
+                            raise WriteError(f"{name}: the source ended early; it changed.")
+                        sums.add(at, buffer[:n])
+                        write_all(fd, buffer[:n], at)
+                        at += n
+                    self._finish_file(fd, name, sums, size)
+                finally:
+                    os.close(fd)
             shutil.copymode(source, target)
-            self._sync_path(target)
+            if keep:
+                self.sync.path(target.parent)
+                self._complete(name, self.files[name], [])
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON object, keys in the order given, indented as the Hub has them."""
@@ -54,42 +148,52 @@ class Destination:
 
     def write_text(self, name: str, pieces: Iterable[str]) -> None:
         """Write a text file in UTF-8."""
-        target = self.partial / name
+        data = memoryview("".join(pieces).encode())
+        sums = Sums(len(data))
+        sums.add(0, data)
         with naming(name):
-            with target.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece.encode())
-            self._sync_path(target)
-
-    def commit(self) -> None:
-        """Make ``DST`` appear, complete; an old one makes way in the same moment."""
-        self.sync.close()
-        with naming(str(self.dst)):
-            for folder, _, _ in os.walk(self.partial):
-                self._sync_path(Path(folder))
-            if not os.path.lexists(self.dst):
-                os.rename(self.partial, self.dst)
-            elif self._overwrite:
-                old = self.dst.with_name(f"{self.dst.name}.old-{os.getpid()}")
-                os.rename(self.dst, old)
-                os.rename(self.partial, self.dst)
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
-                else:
-                    old.unlink()
-            else:
-                raise WriteError(
-                    f"{self.dst}: appeared while converting; the result is in {self.partial}."
-                )
-            self._sync_path(self.dst.parent)
-
-    def _sync_path(self, path: Path) -> None:
-        if self._sync_enabled:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            target = self.output / name
+            fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
-                os.fsync(fd)
+                write_all(fd, data, 0)
+                self._finish_file(fd, name, sums, len(data))
             finally:
                 os.close(fd)
+
+    def _finish_file(self, fd: int, name: str, sums: Sums, size: int) -> None:
+        self.sync.file(fd)
+        self.files[name] = FileSum(size, sums.all(), sha256_of(fd) if self._sha256 else None)
+
+    def commit(self, about: Mapping[str, Any] | None = None) -> None:
+        """Make ``DST`` appear, complete; an old one makes way in the same moment.
+
+        ``about``: what streamq.json says of the origin; without it there is none.
+        """
+        self.sync.close()
+        if about is not None:
+            self.write_text(RECORD, [record_text(about, self.files)])
+        with naming(str(self.dst)):
+            for folder, _, _ in os.walk(self.output):
+                self.sync.path(Path(folder))
+            if os.path.lexists(self.dst):
+                if not self._overwrite:
+                    raise WriteError(
+                        f"{self.dst}: appeared while converting; the result is in {self.output}."
+                    )
+                os.rename(self.dst, self.partial / f"old-{os.getpid()}")
+            os.rename(self.output, self.dst)
+            self.sync.path(self.dst.parent)
+            shutil.rmtree(self.partial, ignore_errors=True)  # while no other may begin there
+
+    def close(self) -> None:
+        """Let go of the directory; what is in it stays."""
+        self.sync.close()
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def check_destination(dst: Path, need: int, overwrite: bool) -> int:
