@@ -15,7 +15,6 @@ from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
-from streamq.tensors import size_text
 from streamq.trust import fingerprint
 from streamq.writer import Destination, check_destination, same_disk
 
@@ -24,7 +23,10 @@ from .origin import identity_of, origin_of
 from .run import Run, Target
 from .worker import Progress
 
-__all__ = ["Output", "Progress", "Settings", "Summary", "convert", "convert_all", "default_workers"]
+__all__ = [
+    "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
+    "default_workers", "repeat",
+]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 
@@ -143,20 +145,12 @@ def convert_all(
 
 def _resumed(source: Checkpoint, output: Output, target: Destination, settings: Settings) -> int:
     """Say how far an earlier run came; bytes of its shards that are there."""
-    if target.said:
-        _say(settings, f"{target.partial}: {target.said}")
-    if not target.goes_on:
-        return 0
     plan = output.plan
     names = source.files if plan.verbatim else [shard.name for shard in plan.shards]
+    if said := target.how_far(names, plan.bytes_out):
+        _say(settings, said)
     done = sum(map(target.bytes_of, names))
-    complete = sum(map(target.is_complete, names))
-    _say(
-        settings,
-        f"resuming {output.dst}: {complete} of {len(names)} shards, {size_text(done)} of "
-        f"{size_text(plan.bytes_out)} done",
-    )
-    if settings.progress and plan.bytes_out:
+    if settings.progress and done:
         settings.progress(plan.bytes_in * done // plan.bytes_out, "")
     return done
 
@@ -164,6 +158,18 @@ def _resumed(source: Checkpoint, output: Output, target: Destination, settings: 
 def _say(settings: Settings, line: str) -> None:
     if settings.notify:
         settings.notify(line)
+
+
+def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -> Quality | None:
+    """Give all that a conversion would write to ``target``; what the weights lost, if asked for."""
+    progress = settings.progress or (lambda n, name: None)
+    work = [] if plan.verbatim else [(plan, target)]
+    wanted = settings.workers or default_workers()
+    workers = plan.workers_within(wanted, settings.max_memory)
+    run = Run(source, work, workers, progress, settings.stats)
+    run.run(lambda: _load_kernels([plan for plan, _ in work], settings))
+    finish(source, plan, target, progress)
+    return run.measured[0][0] if run.measured else None
 
 
 def workers_of(outputs: list[Output], settings: Settings) -> int:

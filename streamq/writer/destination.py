@@ -81,10 +81,18 @@ class Destination:
         """Whether an earlier run has begun the same output."""
         return self._progress is not None and self._progress.goes_on
 
-    @property
-    def said(self) -> str | None:
-        """Why nothing of an earlier run is used, where that is so."""
-        return self.progress.said
+    def how_far(self, names: list[str], total: int) -> str | None:
+        """A sentence on how far an earlier run came with shards of ``total`` bytes, or why it
+        does not count; None without one. After all of them were asked for by ``finished``.
+        """
+        if not self.goes_on:
+            return self.progress.said
+        done = size_text(sum(map(self.bytes_of, names)))
+        complete = sum(map(self.is_complete, names))
+        return (
+            f"resuming {self.dst}: {complete} of {len(names)} shards, {done} of "
+            f"{size_text(total)} done"
+        )
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a file that are there from an earlier run, after ``finished``."""

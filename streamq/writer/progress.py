@@ -64,8 +64,8 @@ class Progress:
             )
         if not synced and (boot is None or boot != _boot()):
             self.said = (
-                "what is in it was written with --no-sync before this machine was started, so it "
-                "is written again"
+                f"{self._partial}: was written with --no-sync before this machine was started, so "
+                "all of it is written again"
             )
             return
         records, good = read_journal(self._partial / JOURNAL)

@@ -209,7 +209,7 @@ class ShardWriter:
         for unit in units:
             sums.merge(unit.sums)
         with naming(self.name):
-            for offset, data in _joined([piece for unit in units for piece in unit.small]):
+            for offset, data in joined([piece for unit in units for piece in unit.small]):
                 view = memoryview(data)
                 sums.add(offset, view)
                 write_all(self._fd, view, offset)
@@ -239,7 +239,7 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _joined(pieces: list[tuple[int, bytes]]) -> Iterable[tuple[int, bytes]]:
+def joined(pieces: list[tuple[int, bytes]]) -> Iterable[tuple[int, bytes]]:
     """Neighbouring pieces as one."""
     start, chunk = 0, bytearray()
     for offset, data in sorted(pieces):
