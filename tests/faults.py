@@ -12,6 +12,7 @@ import os
 import random
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ class Op(NamedTuple):
 class Layer:
     """In place of functions of ``os`` while it is entered.
 
-    ``fail``: the number of the call that fails, from 1, and ``kind``: how.
+    ``fail``: the number of the call that fails, from 1, and ``kind``: how. ``until``: says when
+    the process crashes.
     """
 
     CALLS = (
@@ -46,9 +48,11 @@ class Layer:
         "rename", "unlink", "mkdir", "rmdir",
     )  # fmt: skip
 
-    def __init__(self, root: Path, fail: int = 0, kind: str = "") -> None:
+    def __init__(
+        self, root: Path, fail: int = 0, kind: str = "", until: Callable[[], bool] | None = None
+    ) -> None:
         self._root = os.path.realpath(root)
-        self._fail, self._kind = fail, kind
+        self._fail, self._kind, self._until = fail, kind, until
         self._real = {name: getattr(os, name) for name in self.CALLS}
         self._lock = threading.RLock()
         self._files: dict[int, tuple[str, int, int]] = {}  # path, inode, flags of descriptors
@@ -79,7 +83,8 @@ class Layer:
     def _step(self) -> str:
         """Count a call; raises what it is to fail with, or says "short"."""
         self.count += 1
-        if self._dead:
+        if self._dead or (self._until and self._until()):
+            self._dead = True
             raise Crash
         if self.count != self._fail:
             return ""

@@ -109,31 +109,29 @@ def test_a_flipped_bit_ends_the_journal(tmp_path):
 # --- resuming ---------------------------------------------------------------------------
 
 
-def calls_of(folder, do):
-    """How many syscalls something takes."""
-    with Layer(folder) as layer:
-        do()
-    return layer.count
+def interrupt(folder, do, records=1, outputs=1):
+    """Do something until the process is gone, when the journal of each output has some records."""
 
+    def far_enough():
+        journals = [path.read_bytes() for path in folder.glob("*.partial/journal")]
+        return len(journals) == outputs and all(raw.count(b"\n") >= records for raw in journals)
 
-def stop_after(calls, folder, do):
-    """Do something until the process would be gone."""
-    with pytest.raises(Crash), Layer(folder, calls, "crash"):
+    with pytest.raises(Crash), Layer(folder, until=far_enough):
         do()
 
 
 def test_resuming_says_from_where(source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
     args = ["convert", str(source), str(tmp_path / "out"), "-s", "nvfp4", "-j", "1"]
-    calls = calls_of(tmp_path, lambda: run_convert(source, tmp_path / "a", "nvfp4", sync=True))
-    stop_after(calls // 2, tmp_path, lambda: run_convert(source, tmp_path / "out", "nvfp4", sync=True))
+    interrupt(tmp_path, lambda: run_convert(source, tmp_path / "out", "nvfp4", sync=True), 3)
     result = CliRunner().invoke(cli, args)
     assert result.exit_code == 0, result.stderr
-    said = re.search(r"resuming .*/out: [12] of 3 shards, (.*) kB of 208.0 kB done", result.stdout)
+    said = re.search(r"resuming .*/out: [012] of 3 shards, (.*) kB of 208.0 kB done", result.stdout)
     assert said, result.stdout
-    assert float(said[1]) > 30
+    assert float(said[1]) > 17
     assert re.search(rf"{said[1]} kB of it before", result.stdout)
-    assert contents(tmp_path / "out") == contents(tmp_path / "a")
+    run_convert(source, tmp_path / "again", "nvfp4")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
@@ -141,17 +139,14 @@ def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with Layer(tmp_path) as whole:
         run_convert(source, tmp_path / "whole", "nvfp4", sync=True, workers=1)
-    stop_after(
-        whole.count - 30, tmp_path,
-        lambda: run_convert(source, out, "nvfp4", sync=True, workers=1),
-    )  # fmt: skip
+    interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=True, workers=1), 5)
     with Layer(tmp_path) as rest:
         run_convert(source, out, "nvfp4", sync=True, workers=1)
 
     def written(layer):
         return sum(len(op.data) for op in layer.log if op.what == "write")
 
-    assert written(rest) < 0.3 * written(whole)
+    assert written(rest) < 0.7 * written(whole)
 
 
 OTHER = {
@@ -167,7 +162,7 @@ OTHER = {
 def test_another_conversion_is_refused_and_restarted(what, tmp_path):
     source = write_small(tmp_path / "in")
     out = tmp_path / "out"
-    stop_after(40, tmp_path, lambda: run_convert(source, out, "nvfp4"))
+    interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4"))
     options, message = OTHER[what]
     if what == "source":
         os.utime(source / "model-00001-of-00003.safetensors")
@@ -185,7 +180,7 @@ def test_another_conversion_is_refused_and_restarted(what, tmp_path):
 
 def test_another_version_is_refused(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    stop_after(40, tmp_path, lambda: run_convert(source, out, "nvfp4"))
+    interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4"))
     monkeypatch.setattr("streamq.converting.origin.VERSION", "0.0.9")
     with pytest.raises(WriteError, match=f"streamq: '{VERSION}' there, '0.0.9' here"):
         run_convert(source, out, "nvfp4")
@@ -203,7 +198,7 @@ def test_several_outputs_resume(source, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    stop_after(110, tmp_path, command)
+    interrupt(tmp_path, command, outputs=3)
     assert len(re.findall(r"^resuming ", command(), re.M)) == 3
     undisturbed = [arg.replace(str(tmp_path), str(tmp_path / "other")) for arg in args]
     (tmp_path / "other").mkdir()
@@ -217,7 +212,7 @@ def test_one_of_several_outputs_resumes_alone(source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
     args = ["convert", str(source), "-q", "-j", "1", "--to", f"nvfp4:{tmp_path}/a", "--to",
             f"w8a8:{tmp_path}/b"]  # fmt: skip
-    stop_after(80, tmp_path, lambda: CliRunner().invoke(cli, args, catch_exceptions=False))
+    interrupt(tmp_path, lambda: CliRunner().invoke(cli, args, catch_exceptions=False), outputs=2)
     run_convert(source, tmp_path / "a", "nvfp4")
     run_convert(source, tmp_path / "whole", "nvfp4")
     assert contents(tmp_path / "a") == contents(tmp_path / "whole")
@@ -227,15 +222,16 @@ def test_stats_are_those_of_all_weights(source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
 
     def convert(out, stats=True, said=None):
-        how = Settings(stats=stats, sync=False, workers=1, notify=None if said is None else said.append)
+        notify = None if said is None else said.append
+        how = Settings(stats=stats, sync=False, workers=1, notify=notify)
         return streamq.convert(source, tmp_path / out, "nvfp4", settings=how)
 
     whole = convert("whole").quality.by_tensor()
-    stop_after(45, tmp_path, lambda: convert("a"))
+    interrupt(tmp_path, lambda: convert("a"))
     resumed = convert("a")
     assert resumed.resumed > 0
     assert resumed.quality.by_tensor() == pytest.approx(whole)
-    stop_after(45, tmp_path, lambda: convert("b", stats=False))
+    interrupt(tmp_path, lambda: convert("b", stats=False), 3)
     said = []
     assert set(convert("b", said=said).quality.by_tensor()) < set(whole)
     assert "an earlier run without --stats" in " ".join(said)
@@ -268,7 +264,7 @@ def test_after_a_restart_of_the_machine(sync, source, tmp_path, monkeypatch):
     """Without sync, what was journaled may not have reached the disk."""
     small_units(monkeypatch.setattr)
     out = tmp_path / "out"
-    stop_after(45, tmp_path, lambda: run_convert(source, out, "nvfp4", sync=sync, workers=1))
+    interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=sync, workers=1))
     monkeypatch.setattr(progress_module, "_boot", lambda: "another")
     said = []
     how = Settings(notify=said.append, sync=sync)
@@ -280,7 +276,7 @@ def test_after_a_restart_of_the_machine(sync, source, tmp_path, monkeypatch):
 def test_a_resumed_run_flushes_what_one_without_sync_left(source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
     out = tmp_path / "out"
-    stop_after(45, tmp_path, lambda: run_convert(source, out, "nvfp4", sync=False, workers=1))
+    interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=False, workers=1))
     with Layer(tmp_path) as layer:
         run_convert(source, out, "nvfp4", sync=True)
     flushed = {Path(op.path).name for op in layer.log if op.what == "flush"}
@@ -293,7 +289,7 @@ def test_a_verbatim_copy_resumes(source, tmp_path):
     made = tmp_path / "made"
     run_convert(source, made, "nvfp4")
     out = tmp_path / "out"
-    stop_after(20, tmp_path, lambda: run_convert(made, out, "nvfp4"))
+    interrupt(tmp_path, lambda: run_convert(made, out, "nvfp4"))
     done = (tmp_path / "out.partial" / "journal").read_text().count('"file"')
     assert 0 < done < 3
     with Layer(tmp_path) as layer:
@@ -393,7 +389,7 @@ def test_options_that_are_not_known_are_an_error(change, source):
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b'{\n  "crc32": "00000000"\n}\n', b"\xff"])
 def test_what_is_no_record_is_an_error(raw):
-    with pytest.raises(CheckpointError, match="streamq.json: is not what was written"):
+    with pytest.raises(CheckpointError, match=r"streamq\.json: is not what was written"):
         parse_record(raw)
 
 

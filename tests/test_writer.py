@@ -101,7 +101,8 @@ def test_everything_is_flushed_before_it_gets_its_name(source, tmp_path, monkeyp
         ("fsync", "model.safetensors.tmp"), ("rename", "model.safetensors"),
         ("fsync", "config.json"), ("fsync", "streamq.json"), ("fsync", "output"), ("rename", "out"),
     ]  # fmt: skip
-    assert [entry for entry in log if entry in wanted] == wanted
+    last = {entry: i for i, entry in enumerate(log)}
+    assert sorted(wanted, key=last.__getitem__) == wanted
     log.clear()
     run_convert(source, tmp_path / "out2", "nvfp4a16", sync=False)
     assert {kind for kind, _ in log} == {"rename"}
@@ -120,7 +121,8 @@ def test_overwrite_replaces_at_the_end_only(source, tmp_path, monkeypatch):
     assert (out / "model.safetensors").read_bytes() == before
     (out / "stale.txt").write_text("")
     run_convert(source, out, "w4a16", overwrite=True)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "streamq.json"]
+    names = ["config.json", "model.safetensors", "streamq.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert "m.o_proj.weight_shape" in tensors_of(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 

@@ -118,7 +118,9 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
-@click.option("--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial.")
+@click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
+)
 @click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")

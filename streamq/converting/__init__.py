@@ -138,8 +138,12 @@ def convert_all(
     measured = iter(run.measured)
     summaries = []
     for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
-        said = ("copied", None, 0) if plan.verbatim else (backend, *next(measured))
-        summaries.append(Summary(plan.bytes_in, plan.bytes_out, seconds, workers, *said, before))
+        ran, (quality, rounded) = (
+            ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
+        )
+        summaries.append(
+            Summary(plan.bytes_in, plan.bytes_out, seconds, workers, ran, quality, rounded, before)
+        )
     return summaries
 
 

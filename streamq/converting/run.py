@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from streamq.checkpoint import Checkpoint
 from streamq.planning import Plan
 from streamq.quality import Quality
+
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
 from .scheduler import Scheduler
@@ -134,7 +135,7 @@ class Run:
             notes = destination.notes_of(shard.name)
             for note in notes:
                 tally.take(note)
-            if done[-1] and tally.quality is not None:
+            if done[-1] and shard.weights and tally.quality is not None:
                 self.unmeasured |= not any("quality" in note for note in notes)
 
         def wanted(number: int, key: str) -> bool:

@@ -276,9 +276,7 @@ def _input_scale(slab: Slab, source: Checkpoint) -> bytes | None:
     return target.format.pack_global(g, slab.weights.numpy).tobytes()
 
 
-def _put_small(
-    slab: Slab, outer: Array | None, shard: Writer, input_scale: bytes | None
-) -> None:
+def _put_small(slab: Slab, outer: Array | None, shard: Writer, input_scale: bytes | None) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
     weights = slab.weights
     starts = weights.starts[slab.members[0]].tolist()

@@ -9,6 +9,7 @@ from .journal import Journal, read_journal
 from .record import RECORD, VERSION, FileSum, Record, parse_record, record_text
 
 __all__ = [
-    "BLOCK", "RECORD", "VERSION", "FileSum", "Journal", "Record", "Sums", "block_sum", "blocks_of", "crc32",
-    "differences", "fingerprint", "parse_record", "read_journal", "record_text", "without_times",
+    "BLOCK", "RECORD", "VERSION", "FileSum", "Journal", "Record", "Sums", "block_sum", "blocks_of",
+    "crc32", "differences", "fingerprint", "parse_record", "read_journal", "record_text",
+    "without_times",
 ]  # fmt: skip

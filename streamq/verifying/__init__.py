@@ -32,11 +32,13 @@ def verify(
 ) -> Report:
     """Check the checkpoint in ``dst``; with ``source``, every byte or element of it.
 
-    Files: the checksums that streamq.json has of each. Structure: headers, index, total_size, names, dtypes and shapes against the config,
-    finite non-zero scales, equal global scales inside fused groups; compressed-tensors configs
-    mean to every reader what is on disk. With the source: where streamq.json tells how ``dst`` was
-    made from it, it is converted again and every byte compared. Of other outputs untouched tensors are equal byte for byte, and each weight is within half a code step
-    of its code (clipped ones aside); a quantized source counts with the values of its codes.
+    Files: the checksums that streamq.json has of each. Structure: headers, index, total_size,
+    names, dtypes and shapes against the config, finite non-zero scales, equal global scales
+    inside fused groups; compressed-tensors configs mean to every reader what is on disk. With the
+    source: where streamq.json tells how ``dst`` was made from it, it is converted again and every
+    byte compared. Of other outputs untouched tensors are equal byte for byte, and each weight is
+    within half a code step of its code (clipped ones aside); a quantized source counts with the
+    values of its codes.
     ``recipe``: the one it was made by, where that declares groups or layouts of experts.
     Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
     the report.

@@ -170,7 +170,9 @@ class _Shard:
                 n = min(len(found), len(part))
                 bad = np.flatnonzero(found[:n] != part[:n])
                 with self._lock:
-                    self._target.differ(self._file, offset + at + (bad if len(bad) else np.array([n])))
+                    self._target.differ(
+                        self._file, offset + at + (bad if len(bad) else np.array([n]))
+                    )
 
     def put_small(self, offset: int, data: bytes) -> None:
         """Remember a few bytes; neighbours are compared together."""

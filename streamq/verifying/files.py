@@ -75,7 +75,7 @@ def _check(
             if size != said.size:
                 return [(f"{name}: has {size} bytes, {said.size} were written", None)]
             if blocks is None:
-                found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                found = hashlib.file_digest(file, "sha256").hexdigest()
                 return [] if found == said.sha256 else [(f"{name}: its sha256 differs", None)]
             return [
                 (None, Damage(name, i * BLOCK, min((i + 1) * BLOCK, size)))
@@ -98,9 +98,7 @@ def describe(damages: list[Damage], checkpoint: Checkpoint | None) -> list[str]:
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
             where = f" ({names[0]!r}{more})"
-        said.append(
-            f"{file}: bytes {start} to {end}{where} are not what was written"
-        )
+        said.append(f"{file}: bytes {start} to {end}{where} are not what was written")
     return said
 
 

@@ -11,6 +11,6 @@ from .header import build_header, quoted
 from .shard import ShardWriter, Unit, joined
 
 __all__ = [
-    "Destination", "ShardWriter", "Unit", "build_header", "check_destination", "free_bytes", "joined",
-    "quoted", "same_disk",
+    "Destination", "ShardWriter", "Unit", "build_header", "check_destination", "free_bytes",
+    "joined", "quoted", "same_disk",
 ]  # fmt: skip

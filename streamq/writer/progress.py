@@ -47,7 +47,7 @@ class Progress:
         self._known: dict[str, Sums] = {}
 
     def begin(self, identity: Mapping[str, Any] | None) -> None:
-        """Look at what is there. Raises WriteError where it is of another conversion."""
+        """Look at what is there. Raises WriteError where some of another conversion is done."""
         if identity is None or not self._output.is_dir():
             return
         try:
@@ -55,6 +55,9 @@ class Progress:
             before, synced, boot = plan["identity"], plan["sync"], plan["boot"]
         except (OSError, ValueError, KeyError, TypeError):
             return  # killed before it was begun
+        records, good = read_journal(self._partial / JOURNAL)
+        if not records:
+            return  # nothing is lost
         if found := list(differences(before, json.loads(json.dumps(identity)))):
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
             raise WriteError(
@@ -68,7 +71,6 @@ class Progress:
                 "all of it is written again"
             )
             return
-        records, good = read_journal(self._partial / JOURNAL)
         for record in records:
             self._take(record)
         for name in [name for name, d in self.done.items() if not self._has(name, d.sums.size)]:
