@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
-__all__ = ["BLOCK", "Sums", "block_sum", "blocks_of", "crc32"]
+__all__ = ["BLOCK", "Running", "Sums", "block_sum", "blocks_of", "crc32"]
 
 #: Bytes of a block. CRC-32 finds any two flipped bits within 2**32 bits, so in any block.
 BLOCK = 4 << 20
@@ -56,6 +56,28 @@ class Sums:
     def all(self) -> list[int]:
         """The sum of each block, when every byte was taken in."""
         return [self._blocks.get(number, 0) for number in range(blocks_of(self._size))]
+
+
+class Running:
+    """The sums of a file that is written from its beginning."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._blocks: list[int] = []
+
+    def add(self, data: memoryview) -> None:
+        """Take in the next bytes."""
+        while data:
+            room = BLOCK - self.size % BLOCK
+            if room == BLOCK:
+                self._blocks.append(0)
+            part, data = data[:room], data[room:]
+            self._blocks[-1] = crc32(part, self._blocks[-1])
+            self.size += len(part)
+
+    def all(self) -> list[int]:
+        """The sum of each block."""
+        return self._blocks
 
 
 def blocks_of(size: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamq.errors import WriteError
 from streamq.tensors import size_text
-from streamq.trust import RECORD, FileSum, Sums, record_text
+from streamq.trust import RECORD, FileSum, Running, record_text
 
 from .disk import SyncPool, lock, naming, write_all
 from .progress import Progress
@@ -130,21 +130,8 @@ class Destination:
         with naming(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             with source.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-                try:
-                    sums, at = Sums(size), 0
-                    buffer = memoryview(bytearray(min(COPY, size)))
-                    while at < size:
-                        n = file.readinto(buffer)
-                        if not n:
-                            raise WriteError(f"{name}: the source ended early; it changed.")
-                        sums.add(at, buffer[:n])
-                        write_all(fd, buffer[:n], at)
-                        at += n
-                    self._finish_file(fd, name, sums, size)
-                finally:
-                    os.close(fd)
+                buffer = memoryview(bytearray(COPY))
+                self._write(name, (buffer[:n] for n in iter(lambda: file.readinto(buffer), 0)))
             shutil.copymode(source, target)
             if keep:
                 self.sync.path(target.parent)
@@ -156,21 +143,21 @@ class Destination:
 
     def write_text(self, name: str, pieces: Iterable[str]) -> None:
         """Write a text file in UTF-8."""
-        data = memoryview("".join(pieces).encode())
-        sums = Sums(len(data))
-        sums.add(0, data)
         with naming(name):
-            target = self.output / name
-            fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                write_all(fd, data, 0)
-                self._finish_file(fd, name, sums, len(data))
-            finally:
-                os.close(fd)
+            self._write(name, (memoryview(piece.encode()) for piece in pieces))
 
-    def _finish_file(self, fd: int, name: str, sums: Sums, size: int) -> None:
-        self.sync.file(fd)
-        self.files[name] = FileSum(size, sums.all(), sha256_of(fd) if self._sha256 else None)
+    def _write(self, name: str, pieces: Iterable[memoryview]) -> None:
+        sums = Running()
+        fd = os.open(self.output / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            for data in pieces:
+                write_all(fd, data, sums.size)
+                sums.add(data)
+            self.sync.file(fd)
+            sha256 = sha256_of(fd) if self._sha256 else None
+        finally:
+            os.close(fd)
+        self.files[name] = FileSum(sums.size, sums.all(), sha256)
 
     def commit(self, about: Mapping[str, Any] | None = None) -> None:
         """Make ``DST`` appear, complete; an old one makes way in the same moment.
