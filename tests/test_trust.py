@@ -141,12 +141,14 @@ def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
         run_convert(source, tmp_path / "whole", "nvfp4", sync=True, workers=1)
     interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=True, workers=1), 5)
     with Layer(tmp_path) as rest:
-        run_convert(source, out, "nvfp4", sync=True, workers=1)
+        done = streamq.convert(source, out, "nvfp4", settings=Settings(workers=1)).resumed
 
     def written(layer):
         return sum(len(op.data) for op in layer.log if op.what == "write")
 
-    assert written(rest) < 0.7 * written(whole)
+    assert done > 40_000
+    headers_and_json = 20_000
+    assert written(rest) < written(whole) - done + headers_and_json
 
 
 OTHER = {
@@ -231,7 +233,7 @@ def test_stats_are_those_of_all_weights(source, tmp_path, monkeypatch):
     resumed = convert("a")
     assert resumed.resumed > 0
     assert resumed.quality.by_tensor() == pytest.approx(whole)
-    interrupt(tmp_path, lambda: convert("b", stats=False), 3)
+    interrupt(tmp_path, lambda: convert("b", stats=False), 5)
     said = []
     assert set(convert("b", said=said).quality.by_tensor()) < set(whole)
     assert "an earlier run without --stats" in " ".join(said)

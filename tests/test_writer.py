@@ -82,6 +82,14 @@ def test_what_is_read_back_is_compared_with_the_plan(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_hole_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path, "x.safetensors", HEADER, SIZE, SyncPool(False))
+    writer.put(len(HEADER), b"abc")
+    with pytest.raises(WriteError, match=f"{SIZE - 1} of {SIZE} bytes were written; this is a bug"):
+        writer.close()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_everything_is_flushed_before_it_gets_its_name(source, tmp_path, monkeypatch):
     log = []
     real = {name: getattr(os, name) for name in ("fsync", "rename")}

@@ -135,8 +135,8 @@ class Run:
             notes = destination.notes_of(shard.name)
             for note in notes:
                 tally.take(note)
-            if done[-1] and shard.weights and tally.quality is not None:
-                self.unmeasured |= not any("quality" in note for note in notes)
+            if shard.weights and tally.quality is not None:  # each unit has a note of it
+                self.unmeasured |= sum("quality" in note for note in notes) < len(done[-1])
 
         def wanted(number: int, key: str) -> bool:
             return key not in done[number]

@@ -26,11 +26,14 @@ class Sums:
 
     The sum of pieces that follow each other is that of each, moved by what is behind it in
     the block, xored; so pieces come in any order, but each byte once. Used by one thread.
+    ``nbytes``: how many were taken in.
     """
 
-    def __init__(self, size: int, known: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, size: int, known: Iterable[tuple[int, int]] = (), nbytes: int = 0) -> None:
+        """``known``, ``nbytes``: of another that goes on here, see ``items``."""
         self._size = size
         self._blocks: dict[int, int] = dict(known)
+        self.nbytes = nbytes
 
     def add(self, offset: int, data: memoryview) -> None:
         """Take in the bytes at ``offset``."""
@@ -40,17 +43,19 @@ class Sums:
             crc = crc32(data[first - offset : last - offset])
             behind = min(start + BLOCK, self._size) - last
             self._xor(start // BLOCK, crc32_combine(crc, 0, behind) if behind else crc)
+        self.nbytes += len(data)
 
     def merge(self, other: Sums) -> None:
         """Take in the pieces that another has seen."""
         for number, crc in other._blocks.items():
             self._xor(number, crc)
+        self.nbytes += other.nbytes
 
     def _xor(self, number: int, crc: int) -> None:
         self._blocks[number] = self._blocks.get(number, 0) ^ crc
 
     def items(self) -> list[tuple[int, int]]:
-        """Blocks with what is known of their sums; ``known`` of another that goes on from here."""
+        """Blocks with what is known of their sums."""
         return sorted(self._blocks.items())
 
     def all(self) -> list[int]:

@@ -96,8 +96,7 @@ class Destination:
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a file that are there from an earlier run, after ``finished``."""
-        done = self.progress.done.get(name)
-        return done.sums.size if done else self.progress.nbytes.get(name, 0)
+        return self.progress.bytes_of(name)
 
     def is_complete(self, name: str) -> bool:
         """Whether a file is complete from an earlier run."""

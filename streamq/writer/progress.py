@@ -41,7 +41,6 @@ class Progress:
         self.said: str | None = None
         self.done: dict[str, Done] = {}
         self.notes: dict[str, list[Any]] = {}
-        self.nbytes: dict[str, int] = {}  # that are there of a shard which is not complete
         self.journal: Journal | None = None
         self._groups: dict[str, list[dict[str, Any]]] = {}
         self._known: dict[str, Sums] = {}
@@ -133,15 +132,14 @@ class Progress:
                 return found
             # It got its name, but that was not noted any more.
             os.rename(self._output / name, self._output / (name + TEMPORARY))
-        sums, notes, nbytes = Sums(size), [], 0
+        sums, notes = Sums(size), []
         for record in reversed(self._groups.get(name, [])):
             if units.issuperset(record["units"]) and found.isdisjoint(record["units"]):
                 found.update(record["units"])
-                sums.merge(Sums(size, map(tuple, record["crc32"])))
+                sums.merge(Sums(size, map(tuple, record["crc32"]), record["bytes"]))
                 notes += record["notes"]
-                nbytes += record["bytes"]
         if found:
-            self._known[name], self.notes[name], self.nbytes[name] = sums, notes, nbytes
+            self._known[name], self.notes[name] = sums, notes
         return found
 
     def known(self, name: str, size: int) -> Sums | None:
@@ -154,6 +152,12 @@ class Progress:
         if self.journal is not None and (name in self._groups or name in self.done):
             self.journal.append({"again": name}, self._sync.enabled)
         return None
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a file that are there, as far as ``finished`` has found them."""
+        if name in self.done:
+            return self.done[name].sums.size
+        return self._known[name].nbytes if name in self._known else 0
 
     def complete(self, name: str, sums: FileSum, notes: list[Any]) -> None:
         """Note that a file is complete and has its name on disk."""

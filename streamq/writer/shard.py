@@ -38,7 +38,6 @@ class Unit:
         self._shard = shard
         self.key = key
         self.note: dict[str, Any] | None = None
-        self.nbytes = 0
         self.sums = Sums(shard.size)
         self.small: list[tuple[int, bytes]] = []
 
@@ -47,7 +46,6 @@ class Unit:
         view = memoryview(data).cast("B")
         self.sums.add(offset, view)
         self._shard.write(offset, view)
-        self.nbytes += len(view)
 
     def put_small(self, offset: int, data: bytes) -> None:
         """Remember a few bytes; those of many units are written together."""
@@ -140,11 +138,19 @@ class ShardWriter:
             self._finished.append(unit)
 
     def close(self) -> FileSum:
-        """Write what is left, sync, compare the header on disk with the plan, rename."""
+        """Write what is left, sync, compare the header on disk with the plan, rename.
+
+        Raises WriteError where bytes were left out, too.
+        """
         if self._pending is not None:
             self._pending.result()
         self._failed = True  # until all is well nothing more is noted
         self._settle()
+        if self._sums.nbytes != self.size:
+            raise WriteError(
+                f"{self.name}: {self._sums.nbytes} of {self.size} bytes were written; this is a "
+                "bug in streamq."
+            )
         with naming(self.name):
             self._sync.file(self._fd)
             found = os.pread(self._fd, len(self._header), 0)
@@ -188,7 +194,7 @@ class ShardWriter:
             if self._journal is not None and units:
                 self._journal.append(
                     {"shard": self.name, "units": [unit.key for unit in units],
-                     "bytes": sum(unit.nbytes for unit in units), "crc32": sums.items(),
+                     "bytes": sums.nbytes, "crc32": sums.items(),
                      "notes": [unit.note for unit in units if unit.note]}
                 )  # fmt: skip
         self._failed = False
