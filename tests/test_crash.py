@@ -79,6 +79,34 @@ def test_every_syscall_may_fail(kind, source, wanted, tmp_path, pytestconfig):
     assert disturbed == 0 if kind == "short" else disturbed > 0.8 * len(numbers)
 
 
+def test_an_old_output_makes_way_at_the_end(source, wanted, tmp_path):
+    """It is there, or the new one is, or for a moment it waits in DST.partial."""
+    seen = set()
+    for n in range(60, 200):
+        folder = tmp_path / str(n)
+        out = folder / "out"
+        out.mkdir(parents=True)
+        (out / "old").write_text("old")
+        try:
+            with Layer(folder, n, "crash"):
+                run_convert(source, out, SCHEME, sync=True, workers=1, overwrite=True)
+        except Crash:
+            pass
+        else:
+            break
+        if not out.exists():
+            seen.add("away")
+            assert [p.name for p in folder.glob("out.partial/old-*/*")] == ["old"]
+        else:
+            seen.add("old" if contents(out) == {"old": b"old"} else "new")
+            assert contents(out) in ({"old": b"old"}, wanted)
+        run_convert(source, out, SCHEME, sync=True, workers=1, overwrite=True)
+        assert contents(out) == wanted
+        assert [p.name for p in folder.iterdir()] == ["out"]
+        shutil.rmtree(folder)
+    assert seen == {"old", "away", "new"}
+
+
 def test_signals_interrupt_syscalls(source, wanted, tmp_path):
     """EINTR as the kernel gives it, every 0.2 ms."""
     hits = []

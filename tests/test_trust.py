@@ -38,7 +38,7 @@ from streamq.trust import (
     record_text,
 )
 from streamq.verifying import verify
-from streamq.writer import progress as progress_module
+from streamq.writer import partial
 
 RECORD = "streamq.json"
 
@@ -267,7 +267,7 @@ def test_after_a_restart_of_the_machine(sync, source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
     out = tmp_path / "out"
     interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=sync, workers=1))
-    monkeypatch.setattr(progress_module, "_boot", lambda: "another")
+    monkeypatch.setattr(partial, "_boot", lambda: "another")
     said = []
     how = Settings(notify=said.append, sync=sync)
     summary = streamq.convert(source, out, "nvfp4", settings=how)
@@ -302,6 +302,31 @@ def test_a_verbatim_copy_resumes(source, tmp_path):
     assert {k: v for k, v in contents(out).items() if k != RECORD} == {
         k: v for k, v in contents(made).items() if k != RECORD
     }
+
+
+@pytest.mark.parametrize("how", [{}, {"fuse": True}, {"shard_size": 60_000}])
+def test_reindexing_resumes(how, source, tmp_path):
+    streamq.reindex(source, tmp_path / "whole", **how)
+    interrupt(tmp_path, lambda: streamq.reindex(source, tmp_path / "out", **how))
+    said = []
+    streamq.reindex(source, tmp_path / "out", settings=Settings(notify=said.append), **how)
+    assert re.search("resuming .*/out: ", said[0])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "out").failures == []
+    assert parse_record((tmp_path / "out" / RECORD).read_bytes()).about["command"] == "reindex"
+
+
+@pytest.mark.parametrize("sha256", [True, False])
+def test_the_sha256_is_there_where_the_last_run_asked_for_it(sha256, source, tmp_path, monkeypatch):
+    small_units(monkeypatch.setattr)
+
+    def convert(out, wanted):
+        streamq.convert(source, tmp_path / out, "nvfp4", settings=Settings(1, sha256=wanted))
+
+    convert("whole", sha256)
+    interrupt(tmp_path, lambda: convert("out", not sha256), 4)
+    convert("out", sha256)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # --- streamq.json -----------------------------------------------------------------------

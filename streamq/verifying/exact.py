@@ -14,7 +14,7 @@ import numpy as np
 from streamq.checkpoint import Checkpoint
 from streamq.converting import Settings, repeat
 from streamq.errors import StreamqError
-from streamq.planning import Plan, make_plan, unspelled
+from streamq.planning import MAX_MEMORY, Plan, make_plan, unspelled
 from streamq.trust import VERSION, Record, differences, fingerprint, without_times
 from streamq.writer import joined
 
@@ -53,7 +53,9 @@ def convert_again(
 ) -> bool:  # fmt: skip
     """Convert ``source`` again and compare; False where shards are laid out in another way."""
     target = _Comparison(out)
-    quality = repeat(source, plan, target, Settings(workers, stats=True, progress=progress))
+    memory = max(MAX_MEMORY, plan.slab_memory)
+    how = Settings(workers, memory, stats=True, progress=progress)
+    quality = repeat(source, plan, target, how)
     if quality is not None:
         report.quality = quality
     report.exact = True

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, Running, record_text
 
 from .disk import SyncPool, lock, naming, write_all
-from .progress import Progress
+from .partial import Partial
 from .shard import COPY, ShardWriter, sha256_of
 
 
@@ -34,13 +35,13 @@ class Destination:
         self._overwrite = overwrite
         self._sha256 = sha256
         self._lock = -1
-        self._progress: Progress | None = None
+        self._state: Partial | None = None
 
     @property
-    def progress(self) -> Progress:
+    def state(self) -> Partial:
         """What is done and noted, after ``begin``."""
-        assert self._progress is not None
-        return self._progress
+        assert self._state is not None
+        return self._state
 
     def begin(self, identity: Mapping[str, Any] | None = None, restart: bool = False) -> None:
         """Make ``DST.partial``, or go on with what an interrupted run left there.
@@ -52,41 +53,48 @@ class Destination:
         with naming(str(self.partial)):
             if self.partial.is_symlink() or self.partial.is_file():
                 self.partial.unlink()
-            self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.partial)
-            self._progress = Progress(self.partial, self.output, self.sync)
-            self._progress.begin(None if restart else identity)
-            if not self._progress.goes_on:
-                self._progress.start(identity or {})
+            self._state = Partial(self.partial, self.output, self.sync)
+            self._state.begin(None if restart else identity)
+            if not self._state.goes_on:
+                self._state.start(identity or {})
         self.begun = True
 
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
         """Start a shard, or go on with it."""
         with naming(name):
-            known = self.progress.known(name, size)
+            known = self.state.known(name, size)
         return ShardWriter(
-            self.output, name, header, size, self.sync, self.progress.journal, known, self._sha256
+            self.output, name, header, size, self.sync, self.state.journal, known, self._sha256
         )
 
     def finished(self, name: str, size: int, units: set[str]) -> set[str]:
         """Which units of a shard are there from an earlier run; all, if it is complete."""
         with naming(name):
-            found = self.progress.finished(name, size, units)
-        if name in self.progress.done:
-            self.files[name] = self.progress.done[name].sums
+            found = self.state.finished(name, size, units)
+        if name in self.state.done:
+            self._was_done(name)
         return found
+
+    def _was_done(self, name: str) -> None:
+        """Take a file over from an earlier run, which may have been asked for another sha256."""
+        sums = self.state.done[name].sums
+        if self._sha256 and sums.sha256 is None:
+            with (self.output / name).open("rb", buffering=0) as file:
+                sums = replace(sums, sha256=sha256_of(file.fileno()))
+        self.files[name] = sums if self._sha256 else replace(sums, sha256=None)
 
     @property
     def goes_on(self) -> bool:
         """Whether an earlier run has begun the same output."""
-        return self._progress is not None and self._progress.goes_on
+        return self._state is not None and self._state.goes_on
 
     def how_far(self, names: list[str], total: int) -> str | None:
         """A sentence on how far an earlier run came with shards of ``total`` bytes, or why it
         does not count; None without one. After all of them were asked for by ``finished``.
         """
         if not self.goes_on:
-            return self.progress.said
+            return self.state.said
         done = size_text(sum(map(self.bytes_of, names)))
         complete = sum(map(self.is_complete, names))
         return (
@@ -96,34 +104,34 @@ class Destination:
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a file that are there from an earlier run, after ``finished``."""
-        return self.progress.bytes_of(name)
+        return self.state.bytes_of(name)
 
     def is_complete(self, name: str) -> bool:
         """Whether a file is complete from an earlier run."""
-        return name in self.progress.done
+        return name in self.state.done
 
     def notes_of(self, name: str) -> list[dict[str, Any]]:
         """What was noted of the units of a shard that are ``finished``."""
-        done = self.progress.done.get(name)
-        return done.notes if done else self.progress.notes.get(name, [])
+        done = self.state.done.get(name)
+        return done.notes if done else self.state.notes.get(name, [])
 
     def close_shard(self, shard: ShardWriter) -> None:
         """Close a shard; from now on it is complete."""
-        notes = self.progress.notes.get(shard.name, [])
+        notes = self.state.notes.get(shard.name, [])
         self._complete(shard.name, shard.close(), notes + shard.notes)
 
     def _complete(self, name: str, found: FileSum, notes: list[Any]) -> None:
         self.files[name] = found
         with naming(name):
-            self.progress.complete(name, found, notes)
+            self.state.complete(name, found, notes)
 
     def copy_file(self, source: Path, name: str, keep: bool = False) -> None:
         """Copy a file of the source as it is, its mode included.
 
         ``keep``: it is large, so a run that goes on takes it for copied.
         """
-        if keep and (found := self.progress.done.get(name)):
-            self.files[name] = found.sums
+        if keep and self.is_complete(name):
+            self._was_done(name)
             return
         target = self.output / name
         with naming(name):
@@ -182,9 +190,9 @@ class Destination:
     def close(self) -> None:
         """Let go of the directory; what is in it stays."""
         self.sync.close()
-        if self._progress is not None:
-            self._progress.close()
-            self._progress = None
+        if self._state is not None:
+            self._state.close()
+            self._state = None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -66,13 +67,17 @@ class naming:
 
 
 def lock(folder: Path) -> int:
-    """Lock a directory against other processes until the descriptor that is returned is closed.
+    """Make a directory and lock it until the descriptor that is returned is closed.
 
     The kernel lets go of it when a process ends, however it ends. Raises WriteError where
     another has it. A file system without locks is used without one.
     """
     while True:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,11 +90,9 @@ def lock(folder: Path) -> int:
             if e.errno not in (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(fd)
                 raise
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(folder), os.fstat(fd)):
                 return fd
-        except FileNotFoundError:
-            folder.mkdir(parents=True, exist_ok=True)
         os.close(fd)  # the one before has finished and removed it meanwhile
 
 

@@ -28,7 +28,7 @@ class Done:
     notes: list[Any]
 
 
-class Progress:
+class Partial:
     """The state of ``DST.partial``: ``plan.json``, the journal, and the output so far.
 
     ``goes_on``: an earlier run began the same output. ``done``: its complete files, by name.
