@@ -16,13 +16,13 @@ PACKAGES = {"streamq": ROOT / "streamq", "streamq.kernels": ROOT / "kernels"}
 FLOORS = [
     {"errors"},
     {"tensors"},
-    {"schemes"},
+    {"schemes", "trust"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "quality", "recipe", "views"},
     {"stored"},
     {"planning"},
-    {"converting", "measure", "reindexing", "verifying", "progress"},
-    {"allocate"},
+    {"converting", "measure", "reindexing", "progress"},
+    {"allocate", "verifying"},
     {"show", "api"},
     {"cli"},
 ]

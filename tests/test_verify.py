@@ -114,12 +114,16 @@ FLOOR = {
 @pytest.mark.parametrize("numerics", ["f32", "weight"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_conversion_verifies(scheme, numerics, dtype, sources, tmp_path):
-    run_convert(sources[dtype], tmp_path / "out", scheme, numerics=numerics)
+    run_convert(sources[dtype], tmp_path / "out", scheme, numerics=numerics, record=True)
+    again = check(tmp_path / "out", sources[dtype])
+    assert (again.failures, again.exact, again.quantized) == ([], True, QUANTIZED)
+    (tmp_path / "out" / "streamq.json").unlink()
     alone = check(tmp_path / "out")
     assert (alone.failures, alone.scheme, alone.quantized) == ([], scheme, QUANTIZED)
     assert not alone.quality
     report = check(tmp_path / "out", sources[dtype])
-    assert (report.failures, report.quantized) == ([], QUANTIZED)
+    assert (report.failures, report.exact, report.quantized) == ([], False, QUANTIZED)
+    assert again.quality.by_tensor() == pytest.approx(report.quality.by_tensor())
     sqnr = report.quality.by_tensor()
     assert len([n for n in sqnr if n.endswith("_proj.weight")]) == QUANTIZED
     assert min(sqnr.values()) > FLOOR[scheme]
