@@ -15,6 +15,8 @@ from .header import Header, read_header
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+#: Beside weights that ``streamq compress`` wrote, which are no tensors of a model as they are.
+COMPRESSION = "streamq_compression.json"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
 _WEIGHT_SUFFIXES = (
     ".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
@@ -113,6 +115,8 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
     """
     path = Path(src)
+    if is_compressed(path.parent if path.is_file() else path):
+        raise CheckpointError(f"{path}: is compressed; `streamq decompress` it first.")
     if path.is_file():
         config = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
         others = [CONFIG] if config else []
@@ -134,6 +138,11 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     if not shards:
         raise CheckpointError(f"{path}: no *.safetensors file here.")
     return _open(path, shards, index, config, others, oddities)
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``streamq compress`` wrote this directory."""
+    return (Path(path) / COMPRESSION).is_file()
 
 
 def _open(

@@ -6,9 +6,10 @@ Order of a directory: all of it in ``DST.partial``, index and config last, fsync
 """
 
 from .destination import Destination, check_destination, free_bytes, same_disk
+from .growing import GrowingShard
 from .shard import ShardWriter, build_header, quoted
 
 __all__ = [
-    "Destination", "ShardWriter", "build_header", "check_destination", "free_bytes", "quoted",
-    "same_disk",
+    "Destination", "GrowingShard", "ShardWriter", "build_header", "check_destination", "free_bytes",
+    "quoted", "same_disk",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from streamq.errors import WriteError
 from streamq.tensors import size_text
 
 from .disk import SyncPool, naming
+from .growing import GrowingShard
 from .shard import ShardWriter
 
 
@@ -38,6 +39,10 @@ class Destination:
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
         """Start a shard."""
         return ShardWriter(self.partial, name, header, size, self.sync)
+
+    def growing(self, name: str, room: int, known: int) -> GrowingShard:
+        """Start a shard whose size is not known; see there."""
+        return GrowingShard(self.partial, name, room, known, self.sync)
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of the source as it is, its mode included."""
