@@ -282,7 +282,7 @@ def inspect_compressed(src: str, as_json: bool) -> None:
         if item.coding != "raw":
             click.echo(
                 f"{size_text(item.nbytes):>9} -> {size_text(stored):>9} "
-                f"{_ratio(item.nbytes, stored)}  {item.name}, {item.dtype} {list(item.shape)}, {name}"
+                f"{_ratio(item.nbytes, stored)}  {item.name}, {item.dtype}, {name}"
             )
 
 

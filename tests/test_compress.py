@@ -1,0 +1,230 @@
+"""``compress`` and ``decompress``: what goes in comes out, in any dtype, by any number of ranks."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from compressible import (
+    CONFIG,
+    DESCRIPTION,
+    HIDDEN,
+    INNER,
+    SHAPES,
+    VOCAB,
+    every_dtype,
+    files_of,
+    floats,
+    w8a8s,
+)
+from helpers import tensors_of, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from streamq.cli import cli
+from streamq.compressing.crc import combine
+from streamq.compressing.rows import prune
+from streamq.nz.tiles import compress as compress_matrix
+
+UP = "model.layers.0.mlp.up_proj."
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(cli, [*map(str, args)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def there_and_back(src, tmp_path, *args):
+    """The compressed directory and what decompressing gives."""
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    run("compress", src, packed, "--no-sync", "-q", *args)
+    run("verify", packed)
+    run("decompress", packed, back, "--no-sync", "-q")
+    return packed, back
+
+
+SOURCES = {"every dtype": every_dtype, "bf16": floats, "w8a8s": w8a8s,
+           "f16": lambda p: floats(p, "f2"), "f32": lambda p: floats(p, "f4")}  # fmt: skip
+SPARSE = ["--codec", "ascend"]
+IDENTITY = [
+    *((name, []) for name in SOURCES),
+    ("every dtype", ["--transpose"]),
+    ("every dtype", ["--disable-layers", "BF16*", "--max-memory", "1MB", "-j", "2"]),
+    ("f32", ["--transpose", "--max-memory", "1MB"]),
+    ("w8a8s", SPARSE),
+    ("w8a8s", [*SPARSE, "--dictionary", "tile"]),
+    ("w8a8s", [*SPARSE, "--transpose", "--disable-layers", "*.down_proj"]),
+    ("w8a8s", [*SPARSE, "--max-memory", "200kB"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), IDENTITY, ids=[f"{n} {' '.join(a)}" for n, a in IDENTITY]
+)
+def test_the_same_files_come_back(name, args, tmp_path):
+    src = SOURCES[name](tmp_path / "src")
+    packed, back = there_and_back(src, tmp_path, *args)
+    assert files_of(back) == files_of(src)
+    coded = json.loads(run("inspect", packed, "--json").stdout)
+    assert {t["coding"] for t in coded["tensors"]} >= {"raw", "low" if "ascend" in args else "zstd"}
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dictionary", ["call", "tile"])
+def test_streams_are_those_of_the_library(transpose, dictionary, tmp_path):
+    """Also where memory has room for 128 rows at a time only."""
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = np.clip(rng.standard_normal((700, 600)) * 3, -12, 12).astype(np.int8)
+    src = write_checkpoint(tmp_path / "src", {name: weight}, CONFIG)
+    said = {"model_quant_type": "W8A8S", name: "W8A8S"}
+    (src / DESCRIPTION).write_text(json.dumps(said))
+    args = ["--max-memory", "600kB", "-j", "2", *(["--transpose"] if transpose else [])]
+    packed, _ = there_and_back(src, tmp_path, *SPARSE, "--dictionary", dictionary, *args)
+    found = load_file(packed / "model.safetensors")
+    stream, index, info = compress_matrix(weight, "low", dictionary, transpose=transpose)
+    assert (found[UP + "weight"] == stream).all()
+    assert (found[UP + "index"] == index).all()
+    assert (found[UP + "info"] == info).all()
+    new = json.loads((packed / DESCRIPTION).read_text())
+    assert new == {"model_quant_type": "W8A8SC", **dict.fromkeys(
+        (UP + s for s in ("weight", "index", "info")), "W8A8SC")}  # fmt: skip
+
+
+def test_no_byte_depends_on_workers_or_memory(tmp_path):
+    for source, args in ((w8a8s, SPARSE), (floats, ["--transpose"])):
+        src = source(tmp_path / f"src-{len(args)}")
+        made = []
+        for i, how in enumerate((["-j", "1"], ["-j", "7", "--max-memory", "3MB"],
+                                 ["-j", "3", "--max-memory", "400kB"])):  # fmt: skip
+            dst = tmp_path / f"dst-{len(args)}-{i}"
+            run("compress", src, dst, "-q", "--no-sync", *args, *how)
+            made.append(files_of(dst))
+        assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("codec", ["zstd", "ascend"])
+@pytest.mark.parametrize("keep", ["0.25", "1"])
+def test_pruned_weights_come_back_as_pruned(codec, keep, tmp_path):
+    src = floats(tmp_path / "src", np.float16)
+    packed, back = there_and_back(
+        src, tmp_path, "--codec", codec, "--sparsity", f"magnitude:{keep}"
+    )
+    old, new = (
+        {
+            n: np.frombuffer(raw, np.float16).reshape(t.shape)
+            for n, (t, raw) in tensors_of(p).items()
+        }
+        for p in (src, back)
+    )
+    for name, x in old.items():
+        pruned = "proj" in name
+        assert (new[name] == (slowly_pruned(x, float(keep)) if pruned else x)).all(), name
+    assert (back / DESCRIPTION).exists() is False
+    if codec == "ascend":
+        said = json.loads((packed / DESCRIPTION).read_text())
+        assert said["model_quant_type"] == said[UP + "weight"] == said[UP + "info"] == "W16A16SC"
+        assert said["model.embed_tokens.weight"] == "FLOAT"
+        info = load_file(packed / "model-00001-of-00002.safetensors")[UP + "info"]
+        assert info.tolist() == [8, 8, 2 * HIDDEN, INNER, 1]
+
+
+def slowly_pruned(x, keep):
+    out = np.zeros_like(x)
+    for i, row in enumerate(x):
+        kept = sorted(range(len(row)), key=lambda c: (-abs(row[c]), c))[
+            : max(1, round(keep * len(row)))
+        ]
+        out[i, kept] = row[kept]
+    return out
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 999))
+def test_pruning_beside_sorting(rows, cols, keep, seed):
+    rng = np.random.default_rng(seed)
+    for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
+        x = (rng.integers(-4, 5, (rows, cols)) / 4).astype(dtype)  # many ties, and -0.0
+        expected = slowly_pruned(x, keep)
+        prune(x.view(np.uint8), x.dtype.itemsize, keep)
+        assert (x == expected).all()
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_sums_of_parts(a, b):
+    import zlib
+
+    assert combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+
+
+# --- tensor-parallel ranks ---------------------------------------------------------------
+
+
+def cut(old, leaf, suffix, tp, rank):
+    """What a rank has of a tensor, by the rules of tensor parallelism."""
+    x = old[f"{leaf}.{suffix}"]
+    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}.get(leaf.rpartition(".")[2], tp)
+    if x.shape == (1,):
+        return x
+    if leaf.endswith(("o_proj", "down_proj")):
+        if suffix == "weight":
+            return np.split(x, tp, axis=1)[rank]
+        return x if rank == 0 or suffix != "quant_bias" else np.zeros_like(x)
+    return np.split(x, min(tp, heads))[rank * min(tp, heads) // tp]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("source", ["w8a8s", "bf16"])
+def test_ranks_get_what_loaders_would_cut(source, tp, tmp_path):
+    src = SOURCES[source](tmp_path / "src")
+    args = SPARSE if source == "w8a8s" else []
+    packed, back = there_and_back(src, tmp_path, "--tp", tp, *args)
+    old = {}
+    for path in sorted(src.glob("*.safetensors")):
+        old |= load_file(path)
+    ranks = [f"model-rank-{r}-part-0.safetensors" for r in range(tp)]
+    assert sorted(p.name for p in packed.glob("*.safetensors")) == ranks
+    assert not [*packed.glob("*.index.json")]
+    for rank, name in enumerate(ranks):
+        new, stored = load_file(back / name), load_file(packed / name)
+        layer = "model.layers.1."
+        for fused, members in {
+            "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+            "self_attn.o_proj": ["self_attn.o_proj"], "mlp.down_proj": ["mlp.down_proj"],
+        }.items():  # fmt: skip
+            for suffix in ("weight", "input_scale", "quant_bias", "deq_scale"):
+                if layer + f"{members[0]}.{suffix}" not in old:
+                    continue
+                parts = [cut(old, layer + m, suffix, tp, rank) for m in members]
+                whole = parts[0] if parts[0].shape == (1,) else np.concatenate(parts)
+                found = new.pop(layer + f"{fused}.{suffix}")
+                assert (found == whole).all(), (fused, suffix)
+                assert found.dtype == whole.dtype
+        rows = VOCAB // tp
+        embed = old["model.embed_tokens.weight"][rank * rows : (rank + 1) * rows]
+        assert (new["model.embed_tokens.weight"] == embed).all()
+        norm = layer + "input_layernorm.weight"
+        assert (new[norm] == old[norm]).all()
+        assert not [n for n in new if n.startswith(layer) and "proj" in n and "offset" not in n]
+        if args:
+            info = stored[layer + "mlp.gate_up_proj.info"]
+            assert info.tolist() == [8, 8, HIDDEN, 2 * INNER // tp, 1]
+    if args:
+        said = json.loads((packed / DESCRIPTION).read_text())
+        for leaf in SHAPES:
+            for suffix in ("weight", "index", "info", "deq_scale"):
+                assert said[f"model.layers.0.{leaf}.{suffix}"] == "W8A8SC"
+        assert not [key for key in said if "qkv" in key or "gate_up" in key]
+        assert (back / DESCRIPTION).read_bytes() == (src / DESCRIPTION).read_bytes()
+
+
+def test_pruning_is_by_rows_of_the_whole_weight(tmp_path):
+    src = floats(tmp_path / "src", np.float16)
+    _, back = there_and_back(src, tmp_path, "--tp", 2, "--sparsity", "magnitude:0.3", *SPARSE)
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = slowly_pruned(load_file(src / "model-00001-of-00002.safetensors")[name], 0.3)
+    parts = [load_file(back / f"model-rank-{r}-part-0.safetensors")[name] for r in (0, 1)]
+    assert (np.concatenate(parts, axis=1) == whole).all()
