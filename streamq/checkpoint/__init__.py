@@ -4,6 +4,7 @@ from .header import MAX_HEADER, read_header
 from .local import (
     COMPRESSION,
     CONFIG,
+    DESCRIPTION,
     INDEX_SUFFIX,
     Checkpoint,
     is_compressed,
@@ -12,6 +13,6 @@ from .local import (
 )
 
 __all__ = [
-    "COMPRESSION", "CONFIG", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint", "is_compressed",
-    "open_checkpoint", "read_header", "read_json",
+    "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint",
+    "is_compressed", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip

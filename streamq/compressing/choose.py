@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import NamedTuple
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family, matcher
-from streamq.formats.ascend_description import COMPRESSED, FILE, Description, load
+from streamq.formats.ascend import description_of
+from streamq.formats.ascend_description import COMPRESSED, FILE, Description
 from streamq.schemes import PLAIN
 from streamq.tensors import FLOATS, TensorInfo
 
@@ -34,9 +36,14 @@ class Choice(NamedTuple):
 Chooser = Callable[[TensorInfo], Choice]
 
 
-def described(source: Checkpoint) -> Description | None:
-    """What Ascend's description says of the source, None where it has none."""
-    return load(source.root) if FILE in source.others else None
+def described(source: Checkpoint) -> tuple[str, Description] | None:
+    """The name of Ascend's description of the source and what it says, None where it has none."""
+    said = source.config.get("quantization_config")
+    if not isinstance(said, dict) or "description" not in said:
+        return None
+    older = f"{FILE.removesuffix('.json')}_*.json"
+    name = FILE if FILE in source.others else next(n for n in source.others if fnmatch(n, older))
+    return name, description_of(source.config)
 
 
 def chooser(source: Checkpoint, options: Options, said: Description | None) -> Chooser:
@@ -44,7 +51,11 @@ def chooser(source: Checkpoint, options: Options, said: Description | None) -> C
 
     Raises PlanError where the codec cannot take the source, here or for one of its tensors.
     """
-    if said is not None and (old := set(said.types.values()) & {*COMPRESSED}):
+    if (
+        options.codec == "ascend"
+        and said is not None
+        and (old := set(said.types.values()) & {*COMPRESSED})
+    ):
         raise PlanError(f"{source.root}: its weights are {old.pop()}, so compressed already.")
     if options.keep is not None and said is not None:
         raise PlanError(

@@ -22,7 +22,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
 
     The shards of the output are those of the source, or with ``tp`` one for each rank.
     """
-    said = described(source) if options.codec == "ascend" or options.keep is not None else None
+    place, said = described(source) or (FILE, None)
     choose = chooser(source, options, said)
     chosen = {t.name: choose(t) for t in source.tensors.values()}
     if options.tp is None:
@@ -40,7 +40,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         kind = str(new.head["model_quant_type"])
         texts[FILE] = json.dumps(new.as_json(), indent=2, ensure_ascii=False) + "\n"
         if said is not None:
-            restore[FILE] = _text(source, FILE)
+            restore[place] = _text(source, place)
     warnings = _warnings(source, options, chosen)
     return Plan(
         options=options,
@@ -119,7 +119,8 @@ def _description(
     compressed = {name: choice for name, choice in chosen.items() if choice.coding != "raw"}
     to = {old: new for old, (new, *_) in SPARSE.items()}
     if said is None:
-        types = dict.fromkeys(source.tensors, FLOAT)
+        # Loaders look for a head that is tied to the embedding as well.
+        types = dict.fromkeys([*source.tensors, "lm_head.weight"], FLOAT)
         of = dict.fromkeys(compressed, to["W16A16S"])
     else:
         types = dict(said.types)

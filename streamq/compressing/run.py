@@ -128,7 +128,7 @@ def _finish(
         "sparsity": options.keep, "tp": options.tp,
     }, files, restore=plan.restore)  # fmt: skip
     for name in plan.others:
-        if name not in plan.texts:
+        if name not in plan.texts and name not in plan.restore:
             target.copy_file(source.root / name, name)
             manifest.files[name] = of_file(target.partial / name)
     texts = plan.texts if plan.index is None else {**plan.texts, plan.index: index}

@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamq.checkpoint import DESCRIPTION as FILE
 from streamq.checkpoint import read_json
 from streamq.errors import CheckpointError
 
-FILE = "quant_model_description.json"
+__all__ = [
+    "COMPRESSED", "FILE", "FLOAT", "HEAD", "VERSION", "Description", "build", "load", "model_type",
+    "parse",
+]  # fmt: skip
+
 VERSION = "1.0.0"
 
 #: The type of a tensor that is as it was.

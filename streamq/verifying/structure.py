@@ -49,7 +49,7 @@ def find_weights(checkpoint: Checkpoint, found: Found, report: Report) -> list[S
         scheme = found.scheme_of(module)
         if scheme is not None and tests.get(scheme, _never)(module) != "embedding":
             report.failures.append(
-                f"{t.name!r} is not quantized and config.json does not ignore it: "
+                f"{t.name!r} is not quantized and {found.format.told_in} does not ignore it: "
                 "loaders look for its scales"
             )
     return weights
