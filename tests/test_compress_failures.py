@@ -107,12 +107,19 @@ REFUSED = {
     "sparsity 0": (floats, ["--sparsity", "magnitude:0"], "above 0 and up to 1"),
     "dictionary": (floats, ["--dictionary", "tile"], "zstd has no dictionaries"),
     "memory": (floats, ["--max-memory", "10k"], "--max-memory .* is too little"),
-    "heads": (w8a8s, ["--tp", "3"], "--tp 3 does not divide the 4 heads of '.*q_proj.weight'"),
+    "heads": (w8a8s, ["--tp", "3"], "--tp 3 does not divide the 4 attention heads"),
+    "no heads": (
+        configured(num_attention_heads=None), ["--tp", "2"], "the None attention heads",
+    ),
+    "kv heads": (
+        configured(num_attention_heads=96, num_key_value_heads=64), ["--tp", "96"],
+        "neither divides the 64 key and value heads",
+    ),
     "too many ranks": (
         configured(num_attention_heads=16, num_key_value_heads=16), [*ASCEND, "--tp", "16"],
         r"o_proj.weight' has the shape \[128, 8\] on each rank, too little",
     ),
-    "head rows": (configured(num_attention_heads=3), ["--tp", "2"], "128 rows, which num_att"),
+    "head rows": (configured(num_attention_heads=6), ["--tp", "2"], "128 rows, which the 6 heads"),
     "vocabulary": (
         configured(num_attention_heads=64, num_key_value_heads=64), ["--tp", "64"],
         "does not divide the vocabulary of 'model.embed_tokens.weight', 96",
@@ -120,7 +127,7 @@ REFUSED = {
     "model": (configured(model_type="gpt_oss"), ["--tp", "2"], "knows the models llama, qwen2"),
     "fused types": (
         w8a8s, [*ASCEND, "--tp", "2", "--disable-layers", "*.q_proj"],
-        "q_proj.weight' is stored as it is .* k_proj.weight' compressed, but --tp fuses them",
+        "q_proj.weight' is stored as it is .*k_proj.weight' compressed, but --tp fuses them",
     ),
     "fused scales": (unequal, ["--tp", "2"], "v_proj.input_scale' is not equal to .*q_proj"),
     "names": (taken, ASCEND, "up_proj.index' is in the source already"),
@@ -180,7 +187,7 @@ def test_each_layer_says_what_it_saved(tmp_path):
     src = write_checkpoint(tmp_path / "src", dict(zip(names, (wide, narrow), strict=True)), CONFIG)
     (src / DESCRIPTION).write_text(json.dumps(dict.fromkeys(names, "W8A8S")))
     out = call("compress", src, tmp_path / "dst", *ASCEND).stdout
-    assert re.search(rf"32.8 kB ->  32.8 kB 1.001 stored as is  {names[0]}", out)
+    assert re.search(rf"32.8 kB -> +32.8 kB 1.001 stored as is  {names[0]}", out)
     assert re.search(rf"32.8 kB -> .* 0.\d+ +{names[1]}", out)
     assert "nothing was saved on 1 of 2 layers" in out
     assert "1.001 stored as is" in call("inspect", tmp_path / "dst").stdout

@@ -245,7 +245,7 @@ def _rows(layers: list[Layer], tp: int | None) -> Iterator[tuple[str, int, int]]
 
 def _ratio(nbytes: int, stored: int) -> str:
     if stored < nbytes:
-        return f"{stored / nbytes:.3f}           "
+        return f"{stored / nbytes:.3f}" + " " * len(" stored as is")
     return f"{stored / nbytes:.3f} stored as is"
 
 

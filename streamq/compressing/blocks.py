@@ -6,7 +6,6 @@ what they share, the dictionary of a call, is counted before.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from streamq.nz.tables import count_tiles
 from streamq.nz.tiles import HEIGHT, Tiling
 from streamq.nz.zstd import bound_of, frames_of, unframe
 
+from .crc import of_array
 from .rows import Reader
 from .types import FLAT_TILE, Array, Item, mode_of
 
@@ -101,14 +101,15 @@ def encode(part: Part, reader: Reader, shared: Array | None) -> Coded:
     item, tiling = part.item, part.item.tiling
     if tiling is None:
         flat = reader.flat(item, part.first, part.stop)
-        crc = zlib.crc32(flat)
+        crc = of_array(flat)
         if item.coding == "raw":
             return Coded(flat.data, np.empty(0, np.int64), crc, flat.nbytes)
         frames = frames_of(_planes(flat, _flat_sizes(flat.nbytes), item.itemsize))
         return Coded(b"".join(frames), np.array([*map(len, frames)]), crc, flat.nbytes)
-    data, units, crc, nbytes = [], [], 0, 0
+    data: list[bytes | memoryview] = []
+    units, crc, nbytes = [], 0, 0
     for fresh, nz, sizes in _tiles(part, reader):
-        crc, nbytes = zlib.crc32(fresh, crc), nbytes + fresh.nbytes
+        crc, nbytes = of_array(fresh, crc), nbytes + fresh.nbytes
         mode = mode_of(item.coding)
         if mode is None:
             frames = frames_of(_planes(nz, sizes, item.itemsize))
@@ -158,12 +159,12 @@ def decode(part: Part, stream: Array, entries: Array) -> tuple[Array, int, int]:
     """
     item, tiling = part.item, part.item.tiling
     if item.coding == "raw":
-        return stream, zlib.crc32(stream), stream.nbytes
+        return stream, of_array(stream), stream.nbytes
     w = item.itemsize
     if tiling is None:
         sizes = _flat_sizes(part.stop - part.first)
         flat = _unplaned(stream, entries, sizes, w, units_within(part).start)
-        return flat, zlib.crc32(flat), flat.nbytes
+        return flat, of_array(flat), flat.nbytes
     blocks, crc, nbytes, at = [], 0, 0, 0
     per = tiling.across * (w if item.coding == "zstd" else 1)
     for t in range(part.first, part.stop):
@@ -173,7 +174,7 @@ def decode(part: Part, stream: Array, entries: Array) -> tuple[Array, int, int]:
         else:
             nz = decode_part(stream, here, tiling.sizes(t), 1)
         fresh = _fresh(tiling, t, tiling.take(t, nz))
-        crc, nbytes = zlib.crc32(fresh, crc), nbytes + fresh.nbytes
+        crc, nbytes = of_array(fresh, crc), nbytes + fresh.nbytes
         blocks.append(fresh)
     if tiling.transpose:
         return np.concatenate(blocks, axis=1), crc, nbytes
@@ -208,7 +209,8 @@ def _kinds(item: Item, sizes: list[int]) -> Array:
     """Which tiles are whole, 0, and which are short, 1: each kind is a call of its own."""
     tiling = item.tiling
     assert tiling is not None
-    return (np.array(sizes) != tiling.sizes(0)[0]).astype(np.int64)
+    short: Array = np.array(sizes) != tiling.sizes(0)[0]
+    return short.astype(np.int64)
 
 
 def _starts(sizes: list[int]) -> Array:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from streamq.errors import CheckpointError
 
+from .types import Array
+
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31  # the polynomial 1: bits are reflected, the highest stands for x^0
 
@@ -47,6 +49,11 @@ class Sum:
         """Add the next part by its sum."""
         self.crc = combine(self.crc, crc, nbytes) if self.nbytes else crc
         self.nbytes += nbytes
+
+
+def of_array(array: Array, crc: int = 0) -> int:
+    """The CRC-32 of a contiguous array, behind what has the sum ``crc``."""
+    return zlib.crc32(array.data, crc)
 
 
 def of_file(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from streamq.nz.tiles import info_of
 from streamq.tensors import TensorInfo
 
 from .blocks import spans_of, units_of
-from .crc import of_file
+from .crc import of_array, of_file
 from .layout import beside
 from .manifest import File, load
 from .types import Array, Item, mode_of
@@ -73,7 +72,7 @@ class OpenFile:
             begin = min((t.start for t in found.tensors), default=None)
             if begin is None:
                 begin = (opened.root / name).stat().st_size
-            if zlib.crc32(self.read(0, begin)) != file.header_crc32:
+            if of_array(self.read(0, begin)) != file.header_crc32:
                 raise CheckpointError(f"{name}: its header does not have its check sum.")
             self.header, self.items = _original(file, name, bool(opened.how.get("transpose")))
             self._refuse_others()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 WINDOW = 2
 
 
-def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:
     """The results of ``tasks`` in their order, at most ``WINDOW`` for each worker at a time.
 
     An error of a task is raised where its result would have been; tasks behind it that have not

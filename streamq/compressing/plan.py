@@ -11,7 +11,7 @@ from streamq.families import matcher
 from streamq.formats.ascend_description import FILE, FLOAT, Description, build, model_type
 from streamq.tensors import DTYPES, TensorInfo
 
-from .choose import SPARSE, Choice, Chooser, chooser, described
+from .choose import SPARSE, Choice, chooser, described
 from .layout import Entry, header_of
 from .ranks import Ranks
 from .types import Item, Options, Plan, Run, Shard, mode_of
@@ -22,11 +22,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
 
     The shards of the output are those of the source, or with ``tp`` one for each rank.
     """
-    place, said = described(source) or (FILE, None)
+    told = described(source) if options.codec == "ascend" or options.keep is not None else None
+    place, said = told or (FILE, None)
     choose = chooser(source, options, said)
     chosen = {t.name: choose(t) for t in source.tensors.values()}
     if options.tp is None:
-        shards = [_shard(source, file, options, chosen.__getitem__) for file in source.files]
+        shards = [_shard(source, file, options, chosen) for file in source.files]
     else:
         ranks = Ranks(source, options.tp)
         shards = [_rank(ranks, r, options, chosen) for r in range(options.tp)]
@@ -57,14 +58,14 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     )
 
 
-def _shard(source: Checkpoint, file: str, options: Options, choose: Chooser) -> Shard:
+def _shard(source: Checkpoint, file: str, options: Options, chosen: dict[str, Choice]) -> Shard:
     """A file of the source as it is, in the order of its data."""
     found = [t for t in source.tensors.values() if t.file == file]
     length = bytearray(8)
     source.pread(file, 0, memoryview(length))
     header = bytearray(8 + int.from_bytes(length, "little"))
     source.pread(file, 0, memoryview(header))
-    items = [_item(t, choose(t), options) for t in found]
+    items = [_item(t, chosen[t.name], options) for t in found]
     return Shard(file, bytes(header), items, source.metadata[file])
 
 

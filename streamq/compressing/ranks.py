@@ -21,8 +21,6 @@ from .types import Run
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 _FUSED = {member: (fused, members) for fused, members in FUSIONS.items() for member in members}
-_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads",
-          "v_proj": "num_key_value_heads"}  # fmt: skip
 _BY_COLUMNS = ("o_proj", "down_proj")
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
 _FIRST_RANK_ONLY = ("bias", "quant_bias")
@@ -51,10 +49,20 @@ class Ranks:
                 f"--tp knows the models {', '.join(MODEL_TYPES)}, not {kind!r}; shard and fuse it "
                 "with its loader first."
             )
-        self._config = {
-            "num_key_value_heads": config.get("num_attention_heads"),
-            **{k: v for k, v in config.items() if isinstance(v, int)},
-        }
+        heads = config.get("num_attention_heads")
+        if not isinstance(heads, int) or heads < 1 or heads % tp:
+            raise PlanError(
+                f"--tp {tp} does not divide the {heads} attention heads of the model "
+                "(num_attention_heads in config.json); choose another number of ranks."
+            )
+        shared = config.get("num_key_value_heads") or heads
+        if not isinstance(shared, int) or shared < 1 or (shared % tp and tp % shared):
+            raise PlanError(
+                f"--tp {tp} neither divides the {shared} key and value heads of the model "
+                "(num_key_value_heads in config.json) nor is a multiple of them; choose another "
+                "number of ranks."
+            )
+        self._heads_of = {"q_proj": heads, "k_proj": shared, "v_proj": shared}
         self._modules: dict[str, dict[str, TensorInfo]] = {}
         for t in source.tensors.values():
             module, _, suffix = t.name.rpartition(".")
@@ -117,8 +125,8 @@ class Ranks:
                 return self._columns(t, rank)
             if suffix in _FIRST_RANK_ONLY and rank:
                 return Piece(t.name, t.dtype, t.shape, (), (t,))
-        elif leaf in _HEADS and not self._scalar(module, suffix):
-            return self._heads(t, _HEADS[leaf], rank)
+        elif leaf in self._heads_of and not self._scalar(module, suffix):
+            return self._heads(t, self._heads_of[leaf], rank)
         elif (leaf in _FUSED and not self._scalar(module, suffix)) or leaf in _BY_VOCABULARY:
             what = "its rows" if leaf in _FUSED else "the vocabulary"
             return self._rows(t, self._share(t, t.shape[0], what), rank)
@@ -140,19 +148,13 @@ class Ranks:
             f"row of {weight.name!r}; --tp cannot cut it."
         )
 
-    def _heads(self, t: TensorInfo, key: str, rank: int) -> Piece:
-        heads = self._config.get(key)
-        if not isinstance(heads, int) or heads < 1 or t.shape[0] % heads:
+    def _heads(self, t: TensorInfo, heads: int, rank: int) -> Piece:
+        if t.shape[0] % heads:
             raise PlanError(
-                f"tensor {t.name!r} has {t.shape[0]} rows, which {key} in config.json, {heads}, "
-                "does not divide."
+                f"tensor {t.name!r} has {t.shape[0]} rows, which the {heads} heads in config.json "
+                "do not divide."
             )
         rows = t.shape[0] // heads
-        if heads % self._tp and (key == "num_attention_heads" or self._tp % heads):
-            raise PlanError(
-                f"--tp {self._tp} does not divide the {heads} heads of {t.name!r} ({key}); "
-                "choose another number of ranks."
-            )
         if heads >= self._tp:
             return self._rows(t, rows * heads // self._tp, rank)
         return self._rows(t, rows, rank // (self._tp // heads))

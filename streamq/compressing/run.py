@@ -146,6 +146,11 @@ Done = tuple[int, Part | None, Coded | None]
 Task = Callable[[], Done | None]
 
 
+def _nothing(number: int) -> Done:
+    """A shard without tensors."""
+    return number, None, None
+
+
 class _Call:
     """The dictionaries of a tensor, from what its parts count."""
 
@@ -234,7 +239,7 @@ class _Run:
         waiting: Iterator[Task] = iter(())
         for number, shard in enumerate(self._plan.shards):
             if not shard.items:
-                waiting = chain(waiting, [lambda number=number: (number, None, None)])
+                waiting = chain(waiting, [partial(_nothing, number)])
             for item in shard.items:
                 call = None
                 if mode_of(item.coding) and self._plan.options.dictionary == "call":

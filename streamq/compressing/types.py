@@ -109,8 +109,9 @@ class Item:
         if self.coding == "raw" or not is_tiled(self.dtype, self.shape, self.transpose):
             return None
         sparse = self.coding != "zstd"
+        rows, cols = self.shape
         width = TILE if sparse else ZSTD_TILE
-        return Tiling(*self.shape, self.itemsize, self.transpose, width, overlap=sparse)
+        return Tiling(rows, cols, self.itemsize, self.transpose, width, sparse)
 
 
 def is_tiled(dtype: str, shape: tuple[int, ...], transpose: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from streamq.verifying import Report
 from streamq.writer import Destination, ShardWriter, check_destination
 
 from .blocks import Part, decode, parts_of, row_of_tiles, units_within
-from .crc import Sum
+from .crc import Sum, of_array
 from .opened import Opened, OpenFile
 from .ordered import in_order
 from .run import HELD, PART
@@ -148,7 +148,7 @@ def verify(
 
 def _walk(
     source: OpenFile, workers: int, max_memory: int, sink: Sink, progress: Progress | None
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Decode all parts of a file; yields what is wrong, at most once a tensor."""
     rows = [row_of_tiles(item.tiling) for item in source.items if item.tiling is not None]
     least = HELD * max(rows, default=1 << 16)
@@ -220,7 +220,7 @@ def _decoded(
         fault = f"tensor {item.name!r}: {str(e).removesuffix('.')}"
         return _Found(part, fault=fault), last, b""
     sink(part, block)
-    return _Found(part, crc, nbytes, zlib.crc32(stream), stream.nbytes), last, beside
+    return _Found(part, crc, nbytes, of_array(stream), stream.nbytes), last, beside
 
 
 def _write(writer: ShardWriter, part: Part, block: Array) -> None:

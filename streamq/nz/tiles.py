@@ -15,7 +15,7 @@ import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
 
-from .codec import Buffer, Dictionary, decode_tiles_of, encode_tiles_of
+from .codec import Buffer, Dictionary, decode_tiles_of, encode_tiles_of, entries_of
 from .layout import FRAGMENT, ROWS, Layout
 from .tables import Array, Mode
 
@@ -146,7 +146,7 @@ def decompress(
     if k < 1 or n < 1:
         raise CheckpointError(f"compress info {info.tolist()} has an empty matrix")
     tiling = Tiling(*((k, n) if transpose else (n, k)), 1, transpose)
-    if len(memoryview(index).cast("B")) != 8 * tiling.count * tiling.across:
+    if len(entries_of(index)) != tiling.count * tiling.across:
         raise CheckpointError(f"the index does not have the tiles of {info.tolist()}")
     rows = [tiling.sizes(t) for t in range(tiling.count)]
     sizes = [size for row in rows for size in row]
