@@ -1,6 +1,7 @@
 """``compress`` and ``decompress``: what goes in comes out, in any dtype, by any number of ranks."""
 
 import json
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -24,9 +25,23 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from streamq.cli import cli
-from streamq.compressing.crc import combine
-from streamq.compressing.rows import prune
+from streamq.compressing.blocks import (
+    count,
+    decode,
+    encode,
+    index_bytes,
+    most_bytes,
+    parts_of,
+    spans_of,
+    units_within,
+)
+from streamq.compressing.crc import Sum, combine
+from streamq.compressing.rows import Reader, prune
+from streamq.compressing.types import Item, Run
+from streamq.nz.codec import dictionaries
+from streamq.nz.tiles import HEIGHT
 from streamq.nz.tiles import compress as compress_matrix
+from streamq.tensors import DTYPES
 
 UP = "model.layers.0.mlp.up_proj."
 
@@ -154,9 +169,64 @@ def test_pruning_beside_sorting(rows, cols, keep, seed):
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_sums_of_parts(a, b):
-    import zlib
-
     assert combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+
+
+class Memory:
+    """A source of one file."""
+
+    def __init__(self, raw):
+        self.raw = raw
+
+    def pread(self, file, start, into):
+        into[:] = self.raw[start : start + len(into)]
+
+
+@given(
+    st.sampled_from(["I8", "BF16", "F32", "F64", "BOOL"]),
+    st.integers(1, 300), st.integers(1, 400), st.sampled_from(["zstd", "low", "high"]),
+    st.booleans(), st.sampled_from([1, 40_000, 1 << 20]), st.sampled_from([1, 70_000, 1 << 20]),
+    st.integers(0, 999),
+)  # fmt: skip
+def test_parts_of_any_size_make_the_same_whole(
+    dtype, rows, cols, coding, transpose, budget, other, seed
+):
+    """Cut in one way for coding and in another for decoding."""
+    rng = np.random.default_rng(seed)
+    width = cols * DTYPES[dtype].itemsize
+    data = (rng.integers(0, 6, (rows, width)) ** 2).astype(np.uint8)
+    run = Run("f", 0, rows, width, width)
+    item = Item("w", dtype, (rows, cols), 0, (run,), coding, transpose)
+    if item.tiling is None and coding != "zstd":
+        return
+    reader = Reader(Memory(data.tobytes()))
+    shared = None
+    if coding != "zstd" and seed % 2:
+        shared = dictionaries(sum(count(part, reader) for part in parts_of(item, budget)))
+    coded = [encode(part, reader, shared) for part in parts_of(item, budget)]
+    stream = np.frombuffer(b"".join(c.data for c in coded), np.uint8)
+    index = index_bytes(item, np.concatenate([c.units for c in coded]))
+    assert len(stream) <= most_bytes(item)
+    entries = spans_of(item, index, len(stream))
+    back, total, crcs = np.zeros_like(data), 0, [Sum(), Sum()]
+    for part in parts_of(item, other):
+        here = entries[units_within(part)]
+        begin, end = int(here[0, 0]), int(here[-1, 0] + here[-1, 1])
+        block, crc, nbytes = decode(part, stream[begin:end], here - [begin, 0, 0])
+        crcs[0].add(crc, nbytes)
+        if item.tiling is None:
+            back.reshape(-1)[part.first : part.stop] = block
+        elif transpose:
+            w = DTYPES[dtype].itemsize * HEIGHT
+            back[:, part.first * w : part.stop * w] = block
+        else:
+            back.reshape(-1)[total : total + nbytes] = block
+        total += nbytes
+    assert (back == data).all()
+    for c in coded:
+        crcs[1].add(c.crc, c.nbytes)
+    assert crcs[0].crc == crcs[1].crc
+    assert transpose or crcs[0].crc == zlib.crc32(data)
 
 
 # --- tensor-parallel ranks ---------------------------------------------------------------

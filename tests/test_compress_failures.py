@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,17 @@ def test_other_verbs_say_decompress_first(verb, place, packed, tmp_path):
     refused(result, "is compressed; `streamq decompress` it first")
 
 
+@pytest.mark.parametrize("name", ["zstd", "ascend"])
+def test_a_lost_manifest_is_missed(name, packed, tmp_path):
+    src = shutil.copytree(packed / name, tmp_path / "copy")
+    (src / MANIFEST).unlink()
+    message = f"{FIRST}: is compressed, and {MANIFEST} is not beside it"
+    assert message in call("verify", src).stderr
+    assert call("verify", src).exit_code == 3
+    if name == "zstd":
+        refused(call("convert", src, tmp_path / "dst", "-s", "nvfp4"), message)
+
+
 def test_what_was_not_compressed_is_not_decompressed(packed, tmp_path):
     refused(call("decompress", packed / "floats", tmp_path / "dst"), "`streamq compress` did not")
     refused(call("decompress", packed / "no", tmp_path / "dst"), "no such directory")
@@ -261,6 +273,71 @@ def test_damage_that_the_manifest_agrees_with_is_found_by_decoding(name, packed,
     result = call("verify", src)
     assert result.exit_code == 3
     assert re.search(f"failed: {FIRST}: tensor {item.name!r}", result.stderr)
+
+
+def resummed(src, change):
+    """Change the manifest and give it the sum that it has then."""
+    value = json.loads((src / MANIFEST).read_text())
+    del value["crc32"]
+    change(value)
+    head = json.dumps(value, indent=1).removesuffix("\n}") + ',\n "crc32": "'
+    (src / MANIFEST).write_text(f'{head}{zlib.crc32(head.encode()):08x}"\n}}\n')
+
+
+def original(value, old, new):
+    file = value["shards"][FIRST]
+    assert old in file["original_header"]
+    file["original_header"] = file["original_header"].replace(old, new)
+
+
+def exchanged(value):
+    tensors = value["shards"][FIRST]["tensors"]
+    a, b = [name for name, sums in tensors.items() if sums[0] != "raw"][:2]
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+FORGED = {
+    "version": (lambda v: v.update(version=2), "version 2 is not known here"),
+    "no version": (lambda v: v.pop("version"), "is not what streamq writes"),
+    "shards": (lambda v: v.update(shards=[1]), "is not what streamq writes"),
+    "way out": (lambda v: v["restore"].update({"../x": "y"}), "leads out of the directory"),
+    "shard out": (
+        lambda v: v["shards"].update({"/x": v["shards"].pop(FIRST)}), "leads out of the directory",
+    ),
+    "no shard": (
+        lambda v: v["shards"].update(x=v["shards"].pop(FIRST)), "x: cannot be opened",
+    ),
+    "size": (lambda v: v["shards"][FIRST].update(original_bytes=10**15), "end at byte .* has 10{15}"),
+    "header": (lambda v: original(v, "{", "["), "the original header of .* is not a JSON object"),
+    "name": (lambda v: original(v, "up_proj", "out_proj"), "does not say how '.*out_proj"),
+    "dtype": (lambda v: original(v, '"BF16"', '"F16"'), "'.*norm.weight' is BF16"),
+    "shape": (lambda v: original(v, "[128,192]", "[192,128]"), "index of .*down_proj"),
+    "coding": (
+        lambda v: v["shards"][FIRST]["tensors"].update({UP + "weight": ["lzma", 0, 0]}),
+        "does not say how '.*up_proj",
+    ),
+    "mode": (
+        lambda v: v["shards"][FIRST]["tensors"].update({UP + "weight": ["low", 0, 0]}),
+        "is not where|something else",
+    ),
+    "transpose": (lambda v: v.update(transpose=False), "failed: .*"),
+    "sums": (exchanged, "does not have its check sum"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), FORGED.values(), ids=FORGED)
+def test_a_manifest_that_says_something_else(change, message, packed, tmp_path):
+    src = shutil.copytree(packed / "zstd", tmp_path / "copy")
+    resummed(src, lambda value: None)
+    assert call("verify", src).exit_code == 0
+    resummed(src, change)
+    result = call("verify", src)
+    assert result.exit_code == 3
+    assert re.search(message, result.stderr), result.stderr
+    result = call("decompress", src, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "bug in streamq" not in result.stderr
+    assert sorted({p.name for p in tmp_path.iterdir()} - {"out.partial"}) == ["copy"]
 
 
 # --- interruptions -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from .header import MAX_HEADER, read_header
 from .local import (
+    COMPRESSED,
     COMPRESSION,
     CONFIG,
     DESCRIPTION,
@@ -13,6 +14,6 @@ from .local import (
 )
 
 __all__ = [
-    "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint",
-    "is_compressed", "open_checkpoint", "read_header", "read_json",
+    "COMPRESSED", "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER",
+    "Checkpoint", "is_compressed", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip

@@ -19,6 +19,8 @@ DESCRIPTION = "quant_model_description.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Beside weights that ``streamq compress`` wrote, which are no tensors of a model as they are.
 COMPRESSION = "streamq_compression.json"
+#: In ``__metadata__`` of each file of these, as that one may be lost.
+COMPRESSED = "streamq_compression"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
 _WEIGHT_SUFFIXES = (
     ".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
@@ -184,6 +186,12 @@ def _open(
                 f"{name}: named by the index but not in {root}; the download is incomplete."
             )
     headers = {name: read_header(str(root / name), name) for name in shards}
+    packed = [name for name, header in headers.items() if COMPRESSED in header.metadata]
+    if packed:
+        raise CheckpointError(
+            f"{packed[0]}: is compressed, and {COMPRESSION} is not beside it, which says how; "
+            "`streamq decompress` needs both."
+        )
     unmarked = [name for name, header in headers.items() if "format" not in header.metadata]
     if unmarked:
         oddities.append(f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it")

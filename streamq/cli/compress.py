@@ -218,6 +218,13 @@ def _summary_lines(dst: str, plan: Plan, done: Summary) -> Iterator[str]:
     more = [layer for layer in done.layers if layer.stored >= layer.nbytes]
     if more:
         yield f"nothing was saved on {len(more)} of {len(done.layers)} layers"
+    over = [layer.name for layer in done.layers if layer.stream > layer.nbytes]
+    if over and plan.options.codec == "ascend":
+        yield (
+            f"warning: {len(over)} streams are longer than their matrix, as it is padded to whole "
+            "tiles, and vllm-ascend has no room for them; leave them as they are with "
+            f"--disable-layers, the first is {over[0]}"
+        )
     yield (
         f"{dst}: {size_text(plan.bytes_in)} -> {size_text(done.bytes_out)} "
         f"({done.bytes_out / max(1, plan.bytes_in):.3f}) in {done.seconds:.2f} s "

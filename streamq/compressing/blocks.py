@@ -22,6 +22,9 @@ from .crc import of_array
 from .rows import Reader
 from .types import FLAT_TILE, Array, Item, mode_of
 
+#: The largest part in bytes: more is not faster, and small parts end together.
+PART = 8 << 20
+
 
 class Part(NamedTuple):
     """Some of a tensor: rows of its tiles, or bytes where it has none, from ``first`` on."""
@@ -41,8 +44,13 @@ class Coded(NamedTuple):
 
 
 def parts_of(item: Item, budget: int) -> Iterator[Part]:
-    """Parts that have at most ``budget`` bytes, or one row of tiles."""
+    """Parts that have at most ``budget`` bytes and, unless columns are taken, ``PART``.
+
+    One row of tiles is the least.
+    """
     tiling = item.tiling
+    # Of columns the more the better: 32,768 rows of 256 bytes each are written at 17 MB/s.
+    budget = budget if item.transpose else min(PART, budget)
     if tiling is None:
         total, step = item.nbytes, max(1, budget // FLAT_TILE) * FLAT_TILE
     else:

@@ -19,7 +19,10 @@ from .types import Array, Item, Shard, mode_of
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A tensor that was compressed: bytes before and after, index and info included."""
+    """A tensor that was compressed: bytes before and after, index and info included.
+
+    ``stream``: without these.
+    """
 
     name: str
     dtype: str
@@ -27,6 +30,7 @@ class Layer:
     file: str
     nbytes: int
     stored: int
+    stream: int
 
 
 class Building:
@@ -73,8 +77,8 @@ class Building:
     def _index(self, item: Item) -> Layer:
         """Write the index, and what else is beside a stream."""
         index = index_bytes(item, np.concatenate(self._units))
+        stream, stored = self._stored.nbytes, self._stored.nbytes + len(index)
         self._stored.add(zlib.crc32(index), len(index))
-        stored = self._stored.nbytes
         if mode_of(item.coding):
             assert item.tiling is not None
             names, info = beside(item), info_of(item.tiling).tobytes()
@@ -85,7 +89,9 @@ class Building:
         else:
             self._writer.append(index)
         self._sizes[item.name] = self._writer.size - self._begin
-        return Layer(item.name, item.dtype, item.shape, self._shard.name, item.nbytes, stored)
+        return Layer(
+            item.name, item.dtype, item.shape, self._shard.name, item.nbytes, stored, stream
+        )  # fmt: skip
 
     def names(self) -> list[str]:
         """The tensors of the file, in the order of its data."""

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from streamq.checkpoint import COMPRESSION
@@ -102,6 +102,9 @@ def _parsed(found: Mapping[str, Any]) -> Manifest:
         )
         for name, file in found["shards"].items()
     }  # fmt: skip
+    for path in map(PurePath, (*shards, *found["files"], *found["restore"])):
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            raise CheckpointError(f"{COMPRESSION}: {str(path)!r} leads out of the directory.")
     ours = ("version", "shards", "files", "restore", "made", "crc32")
     how = {key: value for key, value in found.items() if key not in ours}
     return Manifest(how, shards, found["files"], found["restore"], found["made"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from streamq.checkpoint import INDEX_SUFFIX, Checkpoint
+from streamq.checkpoint import COMPRESSED, INDEX_SUFFIX, Checkpoint
 from streamq.errors import CheckpointError, PlanError
 from streamq.families import matcher
 from streamq.formats.ascend_description import FILE, FLOAT, Description, build, model_type
@@ -66,7 +66,8 @@ def _shard(source: Checkpoint, file: str, options: Options, chosen: dict[str, Ch
     header = bytearray(8 + int.from_bytes(length, "little"))
     source.pread(file, 0, memoryview(header))
     items = [_item(t, chosen[t.name], options) for t in found]
-    return Shard(file, bytes(header), items, source.metadata[file])
+    metadata = {**source.metadata[file], COMPRESSED: options.codec}
+    return Shard(file, bytes(header), items, metadata)
 
 
 def _item(t: TensorInfo, choice: Choice, options: Options) -> Item:
@@ -106,7 +107,8 @@ def _rank(ranks: Ranks, rank: int, options: Options, chosen: dict[str, Choice]) 
             )
         items.append(item)
         at += item.nbytes
-    return Shard(f"model-rank-{rank}-part-0.safetensors", header, items, metadata)
+    name = f"model-rank-{rank}-part-0.safetensors"
+    return Shard(name, header, items, {**metadata, COMPRESSED: options.codec})
 
 
 def _said(choice: Choice) -> str:

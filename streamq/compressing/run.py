@@ -39,8 +39,6 @@ from .ordered import in_order
 from .rows import Reader
 from .types import Array, Item, Plan, Progress, mode_of
 
-#: The largest part: more is not faster, and small parts end together.
-PART = 8 << 20
 #: Buffers of a worker for each byte of a part: what was read, its tiles, the stream twice while
 #: pieces are joined, and two results that wait to be written.
 HELD = 6
@@ -101,7 +99,7 @@ def compress(
     target = Destination(Path(dst), overwrite, sync)
     try:
         target.begin()
-        budget = min(PART, max_memory // (HELD * workers))
+        budget = max_memory // (HELD * workers)
         run = _Run(source, plan, target, budget, progress or (lambda n, name: None))
         files = run.run(workers)
         size = _finish(source, plan, target, run.index(), files)

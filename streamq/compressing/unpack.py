@@ -25,7 +25,7 @@ from .blocks import Part, decode, parts_of, row_of_tiles, units_within
 from .crc import Sum, of_array
 from .opened import Opened, OpenFile
 from .ordered import in_order
-from .run import HELD, PART
+from .run import HELD
 from .types import Array, Progress
 
 #: Where a part goes once it is decoded.
@@ -158,7 +158,7 @@ def _walk(
             f"and what they are made of need {size_text(least)}."
         )
     workers = max(1, min(workers, max_memory // least))
-    budget = min(PART, max_memory // (HELD * workers))
+    budget = max_memory // (HELD * workers)
     crc, stored, bad = Sum(), Sum(), ""
     with closing(in_order(_tasks(source, budget, sink), workers)) as results:
         for found, last, beside in results:
