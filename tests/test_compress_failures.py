@@ -307,11 +307,12 @@ FORGED = {
     "no shard": (
         lambda v: v["shards"].update(x=v["shards"].pop(FIRST)), "x: cannot be opened",
     ),
-    "size": (lambda v: v["shards"][FIRST].update(original_bytes=10**15), "end at byte .* has 10{15}"),
+    "size": (
+        lambda v: v["shards"][FIRST].update(original_bytes=10**15), "end at byte .* has 10{15} b",
+    ),
     "header": (lambda v: original(v, "{", "["), "the original header of .* is not a JSON object"),
-    "name": (lambda v: original(v, "up_proj", "out_proj"), "does not say how '.*out_proj"),
-    "dtype": (lambda v: original(v, '"BF16"', '"F16"'), "'.*norm.weight' is BF16"),
-    "shape": (lambda v: original(v, "[128,192]", "[192,128]"), "index of .*down_proj"),
+    "name": (lambda v: original(v, "up_proj", "xx_proj"), "does not say how '.*xx_proj"),
+    "shape": (lambda v: original(v, "[192,128]", "[128,192]"), "does not fit its stream"),
     "coding": (
         lambda v: v["shards"][FIRST]["tensors"].update({UP + "weight": ["lzma", 0, 0]}),
         "does not say how '.*up_proj",
