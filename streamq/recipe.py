@@ -101,9 +101,7 @@ class Recipe:
 GroupOf = Callable[[str | None], int | None]
 
 
-def load(
-    given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: None
-) -> Recipe:
+def load(given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: None) -> Recipe:
     """A recipe from a file (``.yaml`` and ``.yml`` are YAML, all else TOML) or from its contents.
 
     ``scales``: of rules that do not say theirs. ``group_of``: asked with the format that the

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
-from streamq.schemes import ALL, SCHEMES, Activation, Packing, Quantized, Scheme, resolve
+from streamq.schemes import ALL, Activation, Packing, Quantized, Scheme, resolve
 from streamq.tensors import DTYPES, FLOATS, TensorInfo
 
 from .ascend_description import COMPRESSED, FILE, FLOAT, Description, parse
@@ -36,6 +36,8 @@ TYPES = {
 _PRESETS = {type_: preset for preset, type_ in TYPES.items()}
 #: Types with scales of the activations that only data can give: read, not made.
 STATIC = ("W8A8", "W8A8_MIX", "W8A8S")
+#: What the names of their schemes begin with: W8A8 is that of dynamic scales elsewhere.
+_STATIC = "static "
 #: Types whose weights are floats; W16A16S has zeros among them.
 _FLOATS = (FLOAT, "W16A16S")
 
@@ -44,6 +46,9 @@ _FLOATS = (FLOAT, "W16A16S")
 CHUNKS = 16
 _BY_COLUMNS = ("down_proj", "o_proj", "w2")
 _BY_ROWS = ("up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "w1", "w3")
+
+#: What sums in f32 of up to 16,384 values may be off by, relative to those of their magnitudes.
+_SLACK = np.float32(2.0**-10)
 
 _ELEMENTS: dict[str, Any] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
@@ -102,6 +107,8 @@ class Ascend(Format):
         vllm-ascend takes E8M0 scales in pairs: of all experts, and of any W4A8_MXFP (``reshape(n,
         k // 2, 2)`` there, where other linear layers pad).
         """
+        if scheme.name.startswith(_STATIC):
+            return _static_layout(rows, cols, dtype, self.scale_suffix)
         pairs = scheme.scale == "e8m0" and (self._expert or scheme.name == "W4A8_MXFP")
         if pairs and cols % 64:
             where = "experts" if self._expert else "W4A8_MXFP"
@@ -139,7 +146,10 @@ class Ascend(Format):
         return super().pack(role, q, layout, scheme)
 
     def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
-        """See ``Format.unpack``. Raises CheckpointError for an offset that is not zero."""
+        """See ``Format.unpack``.
+
+        Raises CheckpointError for an offset that is not zero, and for sums of other codes.
+        """
         if (offset := arrays.get("offset")) is not None and offset.any():
             raise CheckpointError(
                 "weight_offset is not zero; asymmetric weights are not read, because loaders "
@@ -148,6 +158,15 @@ class Ascend(Format):
         q = super().unpack(arrays, layout, scheme)
         if scheme.element == "int" and scheme.bits == 4:
             q = replace(q, codes=_signed(q.codes, layout, scheme))
+        if (sums := arrays.get("row_sum")) is not None:
+            # Others add up f32 values, so that theirs differ by what the rounding of a sum can lose.
+            slack = _row_sum(replace(q, codes=np.abs(q.codes)), sums.shape[1]) * _SLACK
+            wrong = ~(np.abs(sums - _row_sum(q, sums.shape[1])) <= slack)
+            if wrong.any():
+                raise CheckpointError(
+                    f"scale_bias is {sums[wrong][0]:g} where it should be 8 times the sum of "
+                    f"values, {_row_sum(q, sums.shape[1])[wrong][0]:g}."
+                )
         return q
 
     def shape_of(
@@ -169,11 +188,12 @@ class Ascend(Format):
     def rules(self, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
         """See ``Format.rules``; a tensor without an entry counts as FLOAT."""
         said = description_of(config)
-        if (packed := next((t for t in said.types.items() if t[1] in COMPRESSED), None)) is not None:
-            raise CheckpointError(
-                f"{FILE}: {packed[0]!r} is {packed[1]}, compressed for the engine of the 310P; bring "
-                "it back with streamq decompress first."
-            )
+        for name, type_ in said.types.items():
+            if type_ in COMPRESSED:
+                raise CheckpointError(
+                    f"{FILE}: {name!r} is {type_}, compressed for the engine of the 310P; bring it "
+                    "back with streamq decompress first."
+                )
         if isinstance(metadata := said.head.get("metadata"), dict) and "quarot" in metadata:
             raise CheckpointError(
                 f"{FILE}: weights that are rotated as metadata.quarot says are not read."
@@ -183,25 +203,10 @@ class Ascend(Format):
         def scheme_of(module: str) -> Scheme | None:
             type_ = said.type_of(module) or FLOAT
             if type_ not in known:
-                known[type_] = self._scheme_of(type_, module, said.group_size)
+                known[type_] = _scheme_of(type_, module, said)
             return known[type_]
 
         return scheme_of, []
-
-    def _scheme_of(self, type_: str, module: str, group: int) -> Scheme:
-        if type_ in STATIC:
-            activation = Activation("int", 8, "token")
-            return Scheme(f"static {type_}", "int", 8, (1, ALL), "f32", narrow=True,
-                          activation=activation)  # fmt: skip
-        if type_ not in _PRESETS:
-            raise CheckpointError(
-                f"{FILE}: {module + '.weight'!r} is {type_}, none of the types that streamq reads: "
-                f"{', '.join((*_PRESETS, *STATIC, *_FLOATS))}."
-            )
-        scheme = resolve(_PRESETS[type_])
-        if scheme.element != "int":
-            return scheme
-        return replace(scheme, block=(1, ALL), scale="f32", narrow=scheme.bits == 8)
 
     def as_stored(self, scheme: Scheme, found: Mapping[str, TensorInfo]) -> Scheme:
         """See ``Format.as_stored``: older checkpoints have scales of other dtypes, and groups."""
@@ -232,12 +237,6 @@ class Static(Ascend):
     def __init__(self, scale_suffix: str) -> None:
         super().__init__()
         self.scale_suffix = scale_suffix
-
-    def layout(
-        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
-    ) -> Layout:
-        """See ``Format.layout``."""
-        return _static_layout(rows, cols, dtype, self.scale_suffix)
 
     def as_found(self, layout: Layout, found: Mapping[str, TensorInfo]) -> Layout:
         """See ``Format.as_found``: msmodelslim has had several dtypes for all of these."""
@@ -275,9 +274,31 @@ def description_of(config: Mapping[str, Any]) -> Description:
     return parse(found)
 
 
+def _scheme_of(type_: str, module: str, said: Description) -> Scheme:
+    """The scheme of a type of quantized weights, by row where it has groups at all.
+
+    Raises CheckpointError for a type that is not known, and for int4 codes of a file without a
+    version, which lie one in a byte (msmodelslim's ``is_new_version``, MindIE's ``quant_version``).
+    """
+    weight = f"{FILE}: {module + '.weight'!r} is {type_}"
+    if type_ in STATIC:
+        activation = Activation("int", 8, "token")
+        return Scheme(_STATIC + type_, "int", 8, (1, ALL), "f32", narrow=True,
+                      activation=activation)  # fmt: skip
+    if type_ not in _PRESETS:
+        known = ", ".join((*_PRESETS, *STATIC, *_FLOATS))
+        raise CheckpointError(f"{weight}, none of the types that streamq reads: {known}.")
+    scheme = resolve(_PRESETS[type_])
+    if scheme.element != "int":
+        return scheme
+    if scheme.bits == 4 and "version" not in said.head:
+        raise CheckpointError(f"{weight} and there is no version: older packing is not read.")
+    return replace(scheme, block=(1, ALL), scale="f32", narrow=scheme.bits == 8)
+
+
 def type_of(scheme: Scheme) -> str:
     """The type that a description gives to the tensors of a weight."""
-    return TYPES.get(scheme.name) or scheme.name.removeprefix("static ")
+    return TYPES.get(scheme.name) or scheme.name.removeprefix(_STATIC)
 
 
 # --- layouts ------------------------------------------------------------------------------
