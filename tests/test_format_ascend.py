@@ -222,8 +222,8 @@ def test_the_layout_is_what_pack_gives_for_a_repacked_row_too():
     for preset, lo in (("W8A8", -128), ("W4A8", -8), ("W4A16", -8)):
         scheme = ASCEND.concrete(resolve(preset, None if preset == "W8A8" else ALL))
         fmt = ASCEND.of_module(DOWN)
-        layout = fmt.layout(4, 32, "BF16", scheme)
-        q = quantize(weight("x", 4, 32), scheme)
+        layout = fmt.layout(8, 32, "BF16", scheme)
+        q = quantize(weight("x", 8, 32), scheme)
         q.codes[:] = lo
         arrays = {e.role: fmt.pack(e.role, q, layout, scheme) for e in layout.entries}
         for e in layout.entries:
@@ -345,7 +345,8 @@ PLAN = {
         "'model.layers.0.self_attn.o_proj.weight'.* 96 columns .* of 64, as W4A8_MXFP"),
     "scales of experts in pairs": (
         "MXFP8", {DOWN: (64, 96)}, {}, "96 columns are no multiple of 64, as experts"),
-    "rows that have no partner": ("W4A8", {DOWN: (63, 64)}, {}, "63 rows are odd"),
+    "rows that fill no words": ("W4A8", {DOWN: (60, 64)}, {}, "60 rows are no multiple of 8"),
+    "rows that fill no words with up": ("W4A8", {GATE: (62, 64)}, {}, "62 rows .* of 4"),
     "columns that have no partner": ("W4A16", {Q: (64, 63)}, {}, "63 columns are odd"),
     "sums of uneven parts": ("W4A8", {DOWN: (64, 40)}, {}, "40 columns are no multiple of 16"),
     "a projection of another name": (
@@ -390,6 +391,22 @@ def test_one_group_size_for_all(one, other, message, source):
     recipe = {"format": "ascend", **one, "rule": [{"pattern": "*.experts.*", **other}]}
     with pytest.raises(PlanError, match=message):
         streamq.plan(source, recipe=recipe)
+
+
+def test_rows_that_have_no_partner(tmp_path):
+    src = write_checkpoint(tmp_path / "in", {Q + ".weight": weight("x", 63, 64)}, CONFIG)
+    how = Options(resolve("W4A16", 32), format=ASCEND)
+    with open_checkpoint(src) as c, pytest.raises(PlanError, match="63 rows are odd"):
+        make_plan(c, how)
+
+
+def test_groups_of_another_format_are_not_taken_for_rows(source, tmp_path):
+    """W8A16 in groups is no W8A16 here, and cannot stay beside another type."""
+    run_convert(source, tmp_path / "ct", "W8A16", format=CT, group_size=32)
+    with pytest.raises(PlanError, match="W8A16, which the format ascend cannot hold; --requantize"):
+        run_convert(tmp_path / "ct", tmp_path / "out", "MXFP8", format=ASCEND)
+    run_convert(tmp_path / "ct", tmp_path / "out", "MXFP8", format=ASCEND, requantize=True)
+    assert verify(tmp_path / "out").failures == []
 
 
 def test_what_only_mindie_loads_is_said(source, tmp_path):

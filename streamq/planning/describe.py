@@ -28,20 +28,20 @@ def described(
     ``names``: of all tensors, as JSON spells them. ``modules``: those of each scheme.
     ``config``: of the source. Raises PlanError for what no loader reads.
     """
-    names = json.loads('["' + '", "'.join(names) + '"]')
+    spelled: list[str] = json.loads('["' + '", "'.join(names) + '"]')
     by_module = {m: type_of(scheme) for scheme, found in modules.items() for m in found}
     before = _before(config)
     types = {}
-    for name in names:
+    for name in spelled:
         module, _, suffix = name.rpartition(".")
         type_ = by_module.get(module) if suffix in _PARTS else None
         types[name] = type_ or before.types.get(name, FLOAT)
-    types |= dict.fromkeys(_looked_up(names, family), FLOAT)
+    types |= dict.fromkeys(_looked_up(spelled, family), FLOAT)
     more = {key: value for key, value in before.head.items() if key not in _OWN}
     made = build(types, _group_size(modules), **more)
-    if (wrong := next(findings(made, names, family), None)) is not None:
+    if (wrong := next(findings(made, spelled, family), None)) is not None:
         raise PlanError(f"{wrong}; give those one scheme, or leave them with --ignore.")
-    return made.as_json(), list(warnings(made, names, family))
+    return made.as_json(), list(warnings(made, spelled, family))
 
 
 def _looked_up(names: list[str], family: Family) -> Iterator[str]:
