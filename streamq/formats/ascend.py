@@ -20,12 +20,21 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
-from streamq.schemes import ALL, Activation, Packing, Quantized, Scheme, resolve
-from streamq.tensors import DTYPES, FLOATS, TensorInfo
+from streamq.schemes import ALL, Activation, Quantized, Scheme, resolve
+from streamq.tensors import FLOATS, TensorInfo
 
 from .ascend_description import COMPRESSED, FILE, FLOAT, Description, parse
-from .base import Array, Format, Read, Rules, quantization_of, scale_tag
-from .layout import Entry, Layout, Role, make_layout, rows_entry
+from .ascend_tensors import (
+    layout_of,
+    pairs_rows,
+    refuse_other_sums,
+    row_sum,
+    signed,
+    static_layout,
+    with_dtypes,
+)
+from .base import Array, Format, Read, Rules, quantization_of
+from .layout import Layout, Role
 from .targets import is_expert
 
 #: The type of each preset.
@@ -36,6 +45,8 @@ TYPES = {
 _PRESETS = {type_: preset for preset, type_ in TYPES.items()}
 #: Types with scales of the activations that only data can give: read, not made.
 STATIC = ("W8A8", "W8A8_MIX", "W8A8S")
+#: What the names of their schemes begin with: W8A8 is that of dynamic scales elsewhere.
+_STATIC = "static "
 #: Types whose weights are floats; W16A16S has zeros among them.
 _FLOATS = (FLOAT, "W16A16S")
 
@@ -102,25 +113,37 @@ class Ascend(Format):
         vllm-ascend takes E8M0 scales in pairs: of all experts, and of any W4A8_MXFP (``reshape(n,
         k // 2, 2)`` there, where other linear layers pad).
         """
+        if scheme.name.startswith(_STATIC):
+            return static_layout(rows, cols, dtype, self.scale_suffix)
         pairs = scheme.scale == "e8m0" and (self._expert or scheme.name == "W4A8_MXFP")
         if pairs and cols % 64:
             where = "experts" if self._expert else "W4A8_MXFP"
             raise PlanError(f"{cols} columns are no multiple of 64, as {where} need it")
         if scheme.bits == 4 and scheme.element == "int":
             self._refuse_unfit(rows, cols, scheme)
-        return _layout(rows, cols, dtype, scheme, self._chunks)
+        return layout_of(rows, cols, dtype, scheme, self._chunks)
 
     def _refuse_unfit(self, rows: int, cols: int, scheme: Scheme) -> None:
-        """Raise PlanError for codes that do not fill whole bytes, or sums of uneven parts."""
-        if not _pairs_rows(scheme):
+        """Raise PlanError for codes that do not fill whole bytes, or sums of uneven parts.
+
+        vllm-ascend has four bytes of W4A8_DYNAMIC in a word (``_pack_to_int32``): of down_proj, or
+        of gate_proj and up_proj one behind the other.
+        """
+        if not pairs_rows(scheme):
             if cols % 2:
                 raise PlanError(f"{cols} columns are odd, and a byte holds the codes of two")
-        elif rows % 2:
-            raise PlanError(f"{rows} rows are odd, and a byte holds the codes of two")
-        elif scheme.name == "W4A8" and not self._chunks:
+            return
+        if scheme.name != "W4A8":
+            if rows % 2:
+                raise PlanError(f"{rows} rows are odd, and a byte holds the codes of two")
+            return
+        if not self._chunks:
             names = ", ".join((*_BY_ROWS, *_BY_COLUMNS))
             raise PlanError(f"W4A8_DYNAMIC has sums of rows for projections called {names} only")
-        elif scheme.name == "W4A8" and cols % self._chunks:
+        step = 8 if self._chunks == CHUNKS else 4
+        if rows % step:
+            raise PlanError(f"{rows} rows are no multiple of {step}, which W4A8_DYNAMIC needs")
+        if cols % self._chunks:
             raise PlanError(f"{cols} columns are no multiple of {CHUNKS}, the parts of scale_bias")
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
@@ -128,9 +151,9 @@ class Ascend(Format):
         if role == "offset":
             return np.zeros(q.scale.shape, np.float32)
         if role == "row_sum":
-            return _row_sum(q, layout.entry(role).shape[1])
+            return row_sum(q, layout.entry(role).shape[1])
         if role == "codes" and scheme.element == "int" and scheme.bits == 4:
-            if _pairs_rows(scheme):
+            if pairs_rows(scheme):
                 codes = q.codes.view(np.uint8)
                 return ((codes[0::2] & 15) | (codes[1::2] << 4)).view(np.int8)
             from streamq.kernels.cpu.packing import pack_nibbles
@@ -139,7 +162,10 @@ class Ascend(Format):
         return super().pack(role, q, layout, scheme)
 
     def unpack(self, arrays: Mapping[Role, Array], layout: Layout, scheme: Scheme) -> Quantized:
-        """See ``Format.unpack``. Raises CheckpointError for an offset that is not zero."""
+        """See ``Format.unpack``.
+
+        Raises CheckpointError for an offset that is not zero, and for sums of other codes.
+        """
         if (offset := arrays.get("offset")) is not None and offset.any():
             raise CheckpointError(
                 "weight_offset is not zero; asymmetric weights are not read, because loaders "
@@ -147,7 +173,9 @@ class Ascend(Format):
             )
         q = super().unpack(arrays, layout, scheme)
         if scheme.element == "int" and scheme.bits == 4:
-            q = replace(q, codes=_signed(q.codes, layout, scheme))
+            q = replace(q, codes=signed(q.codes, layout, scheme))
+        if (sums := arrays.get("row_sum")) is not None:
+            refuse_other_sums(sums, q)
         return q
 
     def shape_of(
@@ -157,7 +185,7 @@ class Ascend(Format):
         rows, width = found["weight"].shape
         if scheme.bits == 8:
             return rows, width
-        in_rows = scheme.element == "int" and _pairs_rows(scheme)
+        in_rows = scheme.element == "int" and pairs_rows(scheme)
         return (2 * rows, width) if in_rows else (rows, 2 * width)
 
     def config(
@@ -169,13 +197,12 @@ class Ascend(Format):
     def rules(self, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
         """See ``Format.rules``; a tensor without an entry counts as FLOAT."""
         said = description_of(config)
-        if (
-            packed := next((t for t in said.types.items() if t[1] in COMPRESSED), None)
-        ) is not None:
-            raise CheckpointError(
-                f"{FILE}: {packed[0]!r} is {packed[1]}, compressed for the engine of the 310P; bring "
-                "it back with streamq decompress first."
-            )
+        for name, type_ in said.types.items():
+            if type_ in COMPRESSED:
+                raise CheckpointError(
+                    f"{FILE}: {name!r} is {type_}, compressed for the engine of the 310P; bring it "
+                    "back with streamq decompress first."
+                )
         if isinstance(metadata := said.head.get("metadata"), dict) and "quarot" in metadata:
             raise CheckpointError(
                 f"{FILE}: weights that are rotated as metadata.quarot says are not read."
@@ -185,25 +212,10 @@ class Ascend(Format):
         def scheme_of(module: str) -> Scheme | None:
             type_ = said.type_of(module) or FLOAT
             if type_ not in known:
-                known[type_] = self._scheme_of(type_, module, said.group_size)
+                known[type_] = _scheme_of(type_, module, said)
             return known[type_]
 
         return scheme_of, []
-
-    def _scheme_of(self, type_: str, module: str, group: int) -> Scheme:
-        if type_ in STATIC:
-            activation = Activation("int", 8, "token")
-            return Scheme(f"static {type_}", "int", 8, (1, ALL), "f32", narrow=True,
-                          activation=activation)  # fmt: skip
-        if type_ not in _PRESETS:
-            raise CheckpointError(
-                f"{FILE}: {module + '.weight'!r} is {type_}, none of the types that streamq reads: "
-                f"{', '.join((*_PRESETS, *STATIC, *_FLOATS))}."
-            )
-        scheme = resolve(_PRESETS[type_])
-        if scheme.element != "int":
-            return scheme
-        return replace(scheme, block=(1, ALL), scale="f32", narrow=scheme.bits == 8)
 
     def as_stored(self, scheme: Scheme, found: Mapping[str, TensorInfo]) -> Scheme:
         """See ``Format.as_stored``: older checkpoints have scales of other dtypes, and groups."""
@@ -219,7 +231,7 @@ class Ascend(Format):
 
     def as_found(self, layout: Layout, found: Mapping[str, TensorInfo]) -> Layout:
         """See ``Format.as_found``: offsets may have any dtype of floats."""
-        return _with_dtypes(layout, found, {"offset": FLOATS})
+        return with_dtypes(layout, found, {"offset": FLOATS})
 
 
 class Static(Ascend):
@@ -235,16 +247,10 @@ class Static(Ascend):
         super().__init__()
         self.scale_suffix = scale_suffix
 
-    def layout(
-        self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
-    ) -> Layout:
-        """See ``Format.layout``."""
-        return _static_layout(rows, cols, dtype, self.scale_suffix)
-
     def as_found(self, layout: Layout, found: Mapping[str, TensorInfo]) -> Layout:
         """See ``Format.as_found``: msmodelslim has had several dtypes for all of these."""
         layout = super().as_found(layout, found)
-        return _with_dtypes(layout, found, {
+        return with_dtypes(layout, found, {
             "deq_scale": ("I64", "F32"), "input_scale": FLOATS, "input_offset": (*FLOATS, "I8"),
         })  # fmt: skip
 
@@ -277,105 +283,28 @@ def description_of(config: Mapping[str, Any]) -> Description:
     return parse(found)
 
 
+def _scheme_of(type_: str, module: str, said: Description) -> Scheme:
+    """The scheme of a type of quantized weights, by row where it has groups at all.
+
+    Raises CheckpointError for a type that is not known, and for int4 codes of a file without a
+    version, which lie one in a byte (msmodelslim's ``is_new_version``, MindIE's ``quant_version``).
+    """
+    weight = f"{FILE}: {module + '.weight'!r} is {type_}"
+    if type_ in STATIC:
+        activation = Activation("int", 8, "token")
+        return Scheme(_STATIC + type_, "int", 8, (1, ALL), "f32", narrow=True,
+                      activation=activation)  # fmt: skip
+    if type_ not in _PRESETS:
+        known = ", ".join((*_PRESETS, *STATIC, *_FLOATS))
+        raise CheckpointError(f"{weight}, none of the types that streamq reads: {known}.")
+    scheme = resolve(_PRESETS[type_])
+    if scheme.element != "int":
+        return scheme
+    if scheme.bits == 4 and "version" not in said.head:
+        raise CheckpointError(f"{weight} and there is no version: older packing is not read.")
+    return replace(scheme, block=(1, ALL), scale="f32", narrow=scheme.bits == 8)
+
+
 def type_of(scheme: Scheme) -> str:
     """The type that a description gives to the tensors of a weight."""
-    return TYPES.get(scheme.name) or scheme.name.removeprefix("static ")
-
-
-# --- layouts ------------------------------------------------------------------------------
-
-
-def _pairs_rows(scheme: Scheme) -> bool:
-    """Whether a byte holds two rows of a column, the even row low, and not two columns of a row.
-
-    msmodelslim packs ``[in, out]`` along ``out`` for W4A8_DYNAMIC and for W4A16 with groups, and
-    ``[out, in]`` along ``in`` for W4A16 by row (``w4a8_pack_int4``, ``_w4a16_pack_int4``).
-    """
-    return scheme.name == "W4A8" or scheme.block[1] != ALL
-
-
-@cache
-def _layout(rows: int, cols: int, dtype: str, scheme: Scheme, chunks: int) -> Layout:
-    block = scheme.block_of(rows, cols)
-    shape = scheme.scale_shape(rows, cols)
-    scale = rows_entry("weight_scale", "scale", scale_tag(scheme, dtype), shape, 1)
-    if scheme.element != "int":
-        packing = Packing("nibbles", 4) if scheme.element == "e2m1" else Packing("bytes")
-        tag, width = ("U8", cols // 2) if scheme.element == "e2m1" else ("F8_E4M3", cols)
-        codes = rows_entry("weight", "codes", tag, (rows, width), 1)
-        return make_layout(rows, cols, dtype, [codes, scale], block, packing)
-    if scheme.bits == 8:
-        codes = rows_entry("weight", "codes", "I8", (rows, cols), 1)
-    elif _pairs_rows(scheme):
-        codes = rows_entry("weight", "codes", "I8", (rows // 2, cols), 2, direct=False)
-    else:
-        codes = rows_entry("weight", "codes", "I8", (rows, cols // 2), 1, direct=False)
-    offset = rows_entry("weight_offset", "offset", "F32", shape, 1, direct=False)
-    entries = [codes, scale, offset]
-    if scheme.name == "W4A8":
-        sums = rows_entry("scale_bias", "row_sum", "F32", (rows, chunks), 1, direct=False)
-        entries.append(sums)
-    return make_layout(rows, cols, dtype, entries, block)
-
-
-@cache
-def _static_layout(rows: int, cols: int, dtype: str, scale_suffix: str) -> Layout:
-    def column(suffix: str, role: Role, tag: str, *shape: int) -> Entry:
-        return rows_entry(suffix, role, tag, shape, 1, direct=False)
-
-    entries = [
-        column("weight", "codes", "I8", rows, cols),
-        column("quant_bias", "unused", "I32", rows),
-        Entry("input_offset", "unused", "F32", (1,), 4),
-    ]
-    if scale_suffix == "weight_scale":
-        entries += [
-            column("weight_scale", "scale", dtype if dtype in FLOATS else "F32", rows, 1),
-            column("weight_offset", "offset", "F32", rows, 1),
-            column("deq_scale", "unused", "F32", rows),
-            Entry("input_scale", "unused", "F32", (1,), 4),
-        ]
-    else:
-        entries += [
-            column("deq_scale", "scale", "F32", rows),
-            Entry("input_scale", "global_scale", "F32", (1,), 4),
-        ]
-    return make_layout(rows, cols, dtype, entries, (1, cols))
-
-
-def _with_dtypes(
-    layout: Layout, found: Mapping[str, TensorInfo], legal: Mapping[str, tuple[str, ...]]
-) -> Layout:
-    """A layout with the dtypes of the tensors that are there; ``legal`` by suffix or by role."""
-    entries = []
-    for e in layout.entries:
-        t = found.get(e.suffix)
-        if t is not None and t.dtype in legal.get(e.suffix, legal.get(e.role, ())):
-            old, new = (DTYPES[tag].itemsize for tag in (e.dtype, t.dtype))
-            e = e._replace(dtype=t.dtype, size=e.size // old * new, nbytes=e.nbytes // old * new)
-        entries.append(e)
-    return layout._replace(entries=tuple(entries), sizes=tuple(e.size for e in entries))
-
-
-# --- codes of four bits -------------------------------------------------------------------
-
-
-def _signed(codes: Array, layout: Layout, scheme: Scheme) -> Array:
-    """int8 ``[rows, cols]`` from bytes that hold two codes each, in two's complement."""
-    raw = codes.view(np.int8)
-    out = np.empty((raw.size * 2 // layout.cols, layout.cols), np.int8)
-    halves = (out[0::2], out[1::2]) if _pairs_rows(scheme) else (out[:, 0::2], out[:, 1::2])
-    np.right_shift(np.left_shift(raw, 4), 4, out=halves[0])
-    np.right_shift(raw, 4, out=halves[1])
-    return out
-
-
-def _row_sum(q: Quantized, chunks: int) -> Array:
-    """``scale_bias``, f32 ``[rows, chunks]``: 8 times the sum of the values of a part of a row.
-
-    msmodelslim adds up f32 values in whatever order torch does (``on_w4a8_dynamic``); this is the
-    f32 nearest to the true sum, as the sum of codes is exact.
-    """
-    codes = q.codes.reshape(len(q.codes), chunks, -1)
-    sums = np.add.reduce(codes, axis=2, dtype=np.int32)
-    return (8.0 * sums * q.scale.astype(np.float64)).astype(np.float32)
+    return TYPES.get(scheme.name) or scheme.name.removeprefix(_STATIC)

@@ -59,12 +59,9 @@ def findings(said: Description, names: Iterable[str], family: Family) -> Iterato
 def _uneven_parts(said: Description, names: list[str], modules: dict[str, str]) -> Iterator[str]:
     for name in names:
         module, _, suffix = name.rpartition(".")
-        if suffix in _PARTS and module in modules and name in said.types:
-            if said.types[name] != modules[module]:
-                yield (
-                    f"{name!r} is {said.types[name]} in {FILE}, {module + '.weight'!r} is "
-                    f"{modules[module]}"
-                )
+        own, of_module = said.types.get(name), modules.get(module)
+        if suffix in _PARTS and own and of_module and own != of_module:
+            yield f"{name!r} is {own} in {FILE}, {module + '.weight'!r} is {of_module}"
 
 
 def _uneven_layers(modules: dict[str, str], family: Family) -> Iterator[str]:

@@ -109,8 +109,8 @@ def choose(
                 named = scheme, modules.setdefault(scheme, [])
             named[1].append(t.name.removesuffix(".weight"))
         if target is not None:
-            fmt = target.format.of_module(t.name.removesuffix(".weight"))
-            target = target if fmt is target.format else target._replace(format=fmt)
+            own = target.format.of_module(t.name.removesuffix(".weight"))
+            target = target if own is target.format else target._replace(format=own)
         if target is not None and (last is None or last[0] is not target):
             last = target, numbers.setdefault(target, len(numbers))
         choice.numbers.append(-1 if target is None or last is None else last[1])

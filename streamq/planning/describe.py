@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from streamq.errors import PlanError
-from streamq.families import Family
+from streamq.families import Family, expert_name
 from streamq.formats import Ascend, format_of
 from streamq.formats.ascend import description_of, type_of
 from streamq.formats.ascend_description import FLOAT, Description, build
 from streamq.formats.ascend_readers import findings, warnings
 from streamq.schemes import ALL, Scheme
-
-#: What a loader may look up although no tensor has it: a head that is tied to the embedding.
-HEAD = "lm_head"
 
 _PARTS = {*Ascend.code_suffixes, *Ascend.other_suffixes}
 #: Keys that each description has of its own.
@@ -31,22 +28,33 @@ def described(
     ``names``: of all tensors, as JSON spells them. ``modules``: those of each scheme.
     ``config``: of the source. Raises PlanError for what no loader reads.
     """
-    names = json.loads('["' + '", "'.join(names) + '"]')
+    spelled: list[str] = json.loads('["' + '", "'.join(names) + '"]')
     by_module = {m: type_of(scheme) for scheme, found in modules.items() for m in found}
     before = _before(config)
     types = {}
-    for name in names:
+    for name in spelled:
         module, _, suffix = name.rpartition(".")
         type_ = by_module.get(module) if suffix in _PARTS else None
         types[name] = type_ or before.types.get(name, FLOAT)
-    tied = f"{HEAD}.weight"
-    if not any(HEAD in name for name in names):
-        types[tied] = FLOAT
+    types |= dict.fromkeys(_looked_up(spelled, family), FLOAT)
     more = {key: value for key, value in before.head.items() if key not in _OWN}
     made = build(types, _group_size(modules), **more)
-    if (wrong := next(findings(made, names, family), None)) is not None:
+    if (wrong := next(findings(made, spelled, family), None)) is not None:
         raise PlanError(f"{wrong}; give those one scheme, or leave them with --ignore.")
-    return made.as_json(), list(warnings(made, names, family))
+    return made.as_json(), list(warnings(made, spelled, family))
+
+
+def _looked_up(names: list[str], family: Family) -> Iterator[str]:
+    """Weights that a loader looks up although no tensor has their name.
+
+    A head that is tied to the embedding, and expert 0 of stacks that stay in one tensor.
+    """
+    if not any("lm_head" in name for name in names):
+        yield "lm_head.weight"
+    for name in names:
+        if (layout := family.layout_of(name)) is not None:
+            for part in layout.parts_of(name):
+                yield f"{expert_name(name, 0, part)}.weight"
 
 
 def _before(config: Mapping[str, Any]) -> Description:

@@ -109,7 +109,10 @@ def _can_hold(fmt: Format, scheme: Scheme) -> bool:
         preset = replace(preset, block=scheme.block)
         if 0 < scheme.block[1] < 8:  # order of activation: a scale for each column
             return False
-    return fmt.concrete(scheme).numbers == scheme.numbers == preset.numbers
+    try:
+        return fmt.concrete(scheme).numbers == scheme.numbers == preset.numbers
+    except PlanError:  # not in those blocks
+        return False
 
 
 def asked(reason: str) -> bool:

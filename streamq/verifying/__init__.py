@@ -77,4 +77,5 @@ def verify(
         if source is not None:
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
+    report.failures = list(dict.fromkeys(report.failures))  # one weight may be looked at twice
     return report
