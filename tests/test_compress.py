@@ -22,7 +22,7 @@ from compressible import (
 from helpers import tensors_of, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from streamq.cli import cli
 from streamq.compressing.blocks import (
@@ -85,6 +85,26 @@ def test_the_same_files_come_back(name, args, tmp_path):
     assert files_of(back) == files_of(src)
     coded = json.loads(run("inspect", packed, "--json").stdout)
     assert {t["coding"] for t in coded["tensors"]} >= {"raw", "low" if "ascend" in args else "zstd"}
+
+
+def test_one_file_of_several_is_a_checkpoint(tmp_path):
+    src = floats(tmp_path / "src")
+    name = "model-00001-of-00002.safetensors"
+    _, back = there_and_back(src / name, tmp_path)
+    assert files_of(back) == {
+        n: raw for n, raw in files_of(src).items() if n in (name, "config.json")
+    }
+
+
+def test_files_without_tensors_and_older_names_of_descriptions(tmp_path):
+    src = w8a8s(tmp_path / "src")
+    (src / DESCRIPTION).rename(src / "quant_model_description_w8a8s.json")
+    (src / "model.safetensors.index.json").unlink()
+    save_file({}, src / "model-00000-empty.safetensors", {"format": "pt"})
+    packed, back = there_and_back(src, tmp_path, *SPARSE)
+    assert files_of(back) == files_of(src)
+    assert json.loads((packed / DESCRIPTION).read_text())["model_quant_type"] == "W8A8SC"
+    assert not (packed / "quant_model_description_w8a8s.json").exists()
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -295,11 +295,18 @@ def inspect_compressed(src: str, as_json: bool) -> None:
 
 def verify_compressed(dst: str, as_json: bool, quiet: bool) -> None:
     """What ``verify`` does with a compressed directory. Raises VerifyError if anything fails."""
-    from streamq.compressing import verify
+    from streamq.compressing import Opened, verify
     from streamq.converting import default_workers
+    from streamq.errors import CheckpointError
     from streamq.planning import MAX_MEMORY
+    from streamq.progress import progress
 
-    report = verify(dst, workers=default_workers(), max_memory=MAX_MEMORY)
+    try:
+        total = Opened(dst).bytes_in
+    except CheckpointError:  # which the report is about
+        total = 0
+    with progress(total, "verifying", quiet or as_json) as advance:
+        report = verify(dst, workers=default_workers(), max_memory=MAX_MEMORY, progress=advance)
     if as_json:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,

@@ -17,7 +17,7 @@ from streamq.tensors import FLOATS, TensorInfo
 from .types import Coding, Options, is_tiled
 
 #: Less than this, in bytes, is not worth a frame and its index.
-SMALL = 4096
+SMALL, SMALL_SAID = 4096, "small"
 #: The types that the sparse codec takes: what they are called then, the dtype, the mode.
 SPARSE: dict[str, tuple[str, str, Coding]] = {
     "W8A8S": ("W8A8SC", "I8", "low"),
@@ -95,7 +95,7 @@ def _zstd(source: Checkpoint, options: Options) -> Chooser:
     def choose(t: TensorInfo) -> Choice:
         keep = options.keep if options.keep is not None and pruned(t) is None else None
         if t.nbytes < SMALL and keep is None:
-            return Choice("raw", why="small")
+            return Choice("raw", why=SMALL_SAID)
         return Choice("zstd", keep)
 
     return choose

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from streamq.checkpoint import COMPRESSED, INDEX_SUFFIX, Checkpoint
+from streamq.checkpoint import COMPRESSED, INDEX_SUFFIX, Checkpoint, read_json
 from streamq.errors import CheckpointError, PlanError
 from streamq.families import matcher
 from streamq.formats.ascend_description import FILE, FLOAT, Description, build, model_type
 from streamq.tensors import DTYPES, TensorInfo
 
-from .choose import SPARSE, Choice, chooser, described
+from .choose import SMALL_SAID, SPARSE, Choice, chooser, described
 from .layout import Entry, header_of
 from .ranks import Ranks
 from .types import Item, Options, Plan, Run, Shard, mode_of
@@ -27,7 +27,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     choose = chooser(source, options, said)
     chosen = {t.name: choose(t) for t in source.tensors.values()}
     if options.tp is None:
-        shards = [_shard(source, file, options, chosen) for file in source.files]
+        by_file: dict[str, list[TensorInfo]] = {file: [] for file in source.files}
+        for t in source.tensors.values():
+            by_file[t.file].append(t)
+        shards = [_shard(source, f, found, options, chosen) for f, found in by_file.items()]
     else:
         ranks = Ranks(source, options.tp)
         shards = [_rank(ranks, r, options, chosen) for r in range(options.tp)]
@@ -58,9 +61,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     )
 
 
-def _shard(source: Checkpoint, file: str, options: Options, chosen: dict[str, Choice]) -> Shard:
+def _shard(
+    source: Checkpoint, file: str, found: list[TensorInfo], options: Options,
+    chosen: dict[str, Choice],
+) -> Shard:  # fmt: skip
     """A file of the source as it is, in the order of its data."""
-    found = [t for t in source.tensors.values() if t.file == file]
     length = bytearray(8)
     source.pread(file, 0, memoryview(length))
     header = bytearray(8 + int.from_bytes(length, "little"))
@@ -87,14 +92,7 @@ def _rank(ranks: Ranks, rank: int, options: Options, chosen: dict[str, Choice]) 
     header = header_of([Entry(p.name, p.dtype, p.shape) for p in pieces], metadata)
     items, at = [], len(header)
     for p in pieces:
-        first, *others = p.members
-        choice = chosen[first.name]
-        for other in others:
-            if chosen[other.name].coding != choice.coding and first.name.endswith(".weight"):
-                raise PlanError(
-                    f"{first.name!r} is {_said(choice)} and {other.name!r} "
-                    f"{_said(chosen[other.name])}, but --tp fuses them; give them one type."
-                )
+        choice = _one_of([(t.name, chosen[t.name]) for t in p.members])
         item = Item(
             p.name, p.dtype, p.shape, at, p.runs, choice.coding,
             options.transpose and choice.coding != "raw" and len(p.shape) == 2, choice.keep,
@@ -109,6 +107,18 @@ def _rank(ranks: Ranks, rank: int, options: Options, chosen: dict[str, Choice]) 
         at += item.nbytes
     name = f"model-rank-{rank}-part-0.safetensors"
     return Shard(name, header, items, {**metadata, COMPRESSED: options.codec})
+
+
+def _one_of(members: list[tuple[str, Choice]]) -> Choice:
+    """How a fused tensor is stored: as its members, of which small ones are like any other."""
+    (a, first), *others = [m for m in members if m[1].why != SMALL_SAID] or members
+    for b, other in others:
+        if other.coding != first.coding and a.endswith(".weight"):
+            raise PlanError(
+                f"{a!r} is {_said(first)} and {b!r} {_said(other)}, but --tp fuses them; give them "
+                "one type."
+            )
+    return first
 
 
 def _said(choice: Choice) -> str:
@@ -145,7 +155,12 @@ def _index(source: Checkpoint) -> str | None:
     """The name of the index that the source was opened by, None without one."""
     found = sorted(path.name for path in source.root.glob("*" + INDEX_SUFFIX))
     usual = "model" + INDEX_SUFFIX
-    return usual if usual in found else found[0] if found else None
+    name = usual if usual in found else found[0] if found else None
+    if name is None:
+        return None
+    homes = read_json(source.root / name).get("weight_map")
+    # A single file may have been opened beside it.
+    return name if isinstance(homes, dict) and {*homes.values()} == {*source.files} else None
 
 
 def _text(source: Checkpoint, name: str) -> str:
