@@ -154,7 +154,8 @@ def reindex(
         return run(
             source, make_plan(source, Options(fuse, split, shard_size, tuple(rename))), dst,
             workers=s.workers or default_workers(), max_memory=s.max_memory, sync=s.sync,
-            overwrite=s.overwrite, progress=s.progress,
+            overwrite=s.overwrite, restart=s.restart, sha256=s.sha256, progress=s.progress,
+            notify=s.notify,
         )  # fmt: skip
 
 

@@ -27,6 +27,10 @@ class Quality:
             s, n = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (s + signal, n + noise)
 
+    def sums(self) -> list[tuple[str, float, float]]:
+        """Of each tensor its name and the two sums, for ``add``."""
+        return [(name, *sums) for name, sums in self._sums.items()]
+
     @property
     def total(self) -> float:
         """SQNR over all weights together, in dB."""

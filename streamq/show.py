@@ -125,6 +125,7 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
         "format": format_of(output.plan), "verbatim": output.plan.verbatim,
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
+        "bytes_resumed": summary.resumed,
         **(quality_json(summary.quality) if summary.quality else {}),
     }  # fmt: skip
 
@@ -135,11 +136,14 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
     if output.plan.verbatim:
         yield f"{output.dst}: the source is in {name} already, copied as it is"
         return
+    if summary.resumed:
+        speed = f"{size_text(summary.resumed)} of it before"
+    else:
+        speed = f"{size_text(summary.bytes_in / summary.seconds)}/s of the source"
     yield (
         f"{output.dst}: {size_text(summary.bytes_out)}, "
         f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
-        f"({size_text(summary.bytes_in / summary.seconds)}/s of the source), "
-        f"{summary.workers} workers, {summary.backend}"
+        f"({speed}), {summary.workers} workers, {summary.backend}"
     )
     if summary.rounded:
         yield f"note: {summary.rounded} scales had to be rounded to the dtype that this format has"

@@ -156,7 +156,7 @@ def test_verify(source, tmp_path):
     result = run("verify", tmp_path / "o", "--source", source)
     assert result.exit_code == 0
     assert "14 weights in W8A8" in result.stdout
-    assert "every element within its bound" in result.stdout
+    assert "every byte is what the source converts to" in result.stdout
     report = json.loads(run("verify", tmp_path / "o", "--source", source, "--json").stdout)
     assert report["ok"] is True
     assert len(report["sqnr_db_by_tensor"]) == 14

@@ -35,7 +35,7 @@ from streamq.compressing.blocks import (
     spans_of,
     units_within,
 )
-from streamq.compressing.crc import Sum, combine
+from streamq.compressing.crc import Sum
 from streamq.compressing.rows import Reader, prune
 from streamq.compressing.types import Item, Run
 from streamq.nz.codec import dictionaries
@@ -94,6 +94,16 @@ def test_one_file_of_several_is_a_checkpoint(tmp_path):
     assert files_of(back) == {
         n: raw for n, raw in files_of(src).items() if n in (name, "config.json")
     }
+
+
+def test_the_record_of_a_conversion_comes_back(tmp_path):
+    src = tmp_path / "src"
+    run("convert", floats(tmp_path / "floats"), src, "-s", "w8a8", "--no-sync", "-q")
+    packed, back = there_and_back(src, tmp_path)
+    assert "streamq.json" in files_of(src)
+    assert "streamq.json" not in files_of(packed)
+    assert files_of(back) == files_of(src)
+    run("verify", back, "--source", tmp_path / "floats")
 
 
 def test_files_without_tensors_and_older_names_of_descriptions(tmp_path):
@@ -185,11 +195,6 @@ def test_pruning_beside_sorting(rows, cols, keep, seed):
         expected = slowly_pruned(x, keep)
         prune(x.view(np.uint8), x.dtype.itemsize, keep)
         assert (x == expected).all()
-
-
-@given(st.binary(max_size=300), st.binary(max_size=300))
-def test_sums_of_parts(a, b):
-    assert combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
 
 
 class Memory:

@@ -115,7 +115,7 @@ def assert_failed(code, stderr, message, out):
     sentence, *notes = stderr.splitlines()
     assert re.search(f"^Error: .*{message}", sentence), sentence
     assert sentence.endswith(".")
-    assert all(".partial stays, the next run replaces it" in note for note in notes)
+    assert all(".partial stays, the same command goes on from there" in note for note in notes)
     assert not out.exists()
     assert "Traceback" not in stderr
 
@@ -254,7 +254,7 @@ def test_ctrl_c(source, tmp_path):
     code, stderr = interrupted(source, tmp_path / "out", signal.SIGINT)
     assert code == 130
     assert stderr.splitlines()[0] == "Interrupted."
-    assert "out.partial stays, the next run replaces it" in stderr
+    assert "out.partial stays, the same command goes on from there" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
 

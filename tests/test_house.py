@@ -16,13 +16,14 @@ PACKAGES = {"streamq": ROOT / "streamq", "streamq.kernels": ROOT / "kernels"}
 FLOORS = [
     {"errors"},
     {"tensors"},
-    {"schemes"},
+    {"schemes", "trust"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "quality", "recipe", "views"},
     {"stored"},
     {"planning"},
-    {"converting", "measure", "reindexing", "verifying", "progress"},
-    {"allocate", "compressing"},
+    {"converting", "measure", "reindexing", "progress"},
+    {"allocate", "verifying"},
+    {"compressing"},
     {"show", "api"},
     {"cli"},
 ]

@@ -18,7 +18,7 @@ from streamq.errors import CheckpointError, PlanError, WriteError
 from streamq.formats import named
 from streamq.reindexing import Options, make_plan, reindex
 from streamq.stored import open_tensors
-from streamq.writer import ShardWriter
+from streamq.writer import Unit
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -695,10 +695,10 @@ def test_dst_is_absent_after_a_failure(tmp_path, monkeypatch):
     src = write_checkpoint(tmp_path / "src", tensors, LLAMA, [names[0::2], names[1::2]])
 
     def full(self, *_):
-        raise WriteError(f"{self.name}: no space left on the device.")
+        raise WriteError("model.safetensors: no space left on the device.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "copy_from", full)
+        patch.setattr(Unit, "copy_from", full)
         with pytest.raises(WriteError, match="no space") as error:
             run(src, tmp_path / "dst")
     assert "was not written" in error.value.__notes__[0]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from helpers import run_convert, tensors_of, write_checkpoint
 
 from streamq.errors import WriteError
+from streamq.trust import FileSum
 from streamq.writer import Destination, ShardWriter, build_header, check_destination
 from streamq.writer import shard as shard_module
 from streamq.writer.disk import SyncPool
@@ -34,14 +36,13 @@ def source(tmp_path):
     return write_checkpoint(tmp_path / "in", tensors)
 
 
-@pytest.mark.parametrize("name", ["posix_fallocate", "copy_file_range"])
 @pytest.mark.parametrize("how", ["missing", errno.EOPNOTSUPP, errno.ENOSYS])
-def test_the_fall_backs_write_the_same(name, how, source, tmp_path, monkeypatch):
+def test_without_preallocation_the_same_is_written(how, source, tmp_path, monkeypatch):
     run_convert(source, tmp_path / "usual", "nvfp4a16")
     if how == "missing":
-        monkeypatch.delattr(os, name)
+        monkeypatch.delattr(os, "posix_fallocate")
     else:
-        monkeypatch.setattr(os, name, failing(how))
+        monkeypatch.setattr(os, "posix_fallocate", failing(how))
     run_convert(source, tmp_path / "plain", "nvfp4a16")
     usual, plain = (
         [(p.name, p.read_bytes()) for p in sorted((tmp_path / d).iterdir())]
@@ -50,23 +51,17 @@ def test_the_fall_backs_write_the_same(name, how, source, tmp_path, monkeypatch)
     assert usual == plain
 
 
-def test_copying_across_file_systems(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "copy_file_range", failing(errno.EXDEV))
-    run_convert(source, tmp_path / "out", "nvfp4a16")
-    name = "model.embed_tokens.weight"
-    assert tensors_of(tmp_path / "out")[name][1] == tensors_of(source)[name][1]
-
-
 @pytest.mark.parametrize(
-    ("call", "code"), [("posix_fallocate", errno.ENOSPC), ("pwrite", errno.EIO)]
+    ("place", "call", "code"),
+    [(os, "posix_fallocate", errno.ENOSPC), (shard_module, "write_all", errno.EIO)],
 )
-def test_an_error_of_the_disk_names_the_shard(call, code, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, call, failing(code))
+def test_an_error_of_the_disk_names_the_shard(place, call, code, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(place, call, failing(code))
     words = "no space left" if code == errno.ENOSPC else os.strerror(code)
     with pytest.raises(WriteError, match=f"model.safetensors: .*{words}") as e:
         run_convert(source, tmp_path / "out", "nvfp4a16")
     assert not (tmp_path / "out").exists()
-    assert "out.partial stays, the next run replaces it" in e.value.__notes__[0]
+    assert "out.partial stays, the same command goes on from there" in e.value.__notes__[0]
 
 
 def test_an_error_of_a_flush_is_not_lost(source, tmp_path, monkeypatch):
@@ -83,6 +78,14 @@ def test_what_is_read_back_is_compared_with_the_plan(tmp_path):
     with (tmp_path / "x.safetensors.tmp").open("r+b") as f:
         f.write(b"\x01")
     with pytest.raises(WriteError, match="read back is not what was written"):
+        writer.close()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_hole_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path, "x.safetensors", HEADER, SIZE, SyncPool(False))
+    writer.put(len(HEADER), b"abc")
+    with pytest.raises(WriteError, match=f"{SIZE - 1} of {SIZE} bytes were written; this is a bug"):
         writer.close()
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -104,9 +107,10 @@ def test_everything_is_flushed_before_it_gets_its_name(source, tmp_path, monkeyp
     run_convert(source, tmp_path / "out", "nvfp4a16", sync=True)
     wanted = [
         ("fsync", "model.safetensors.tmp"), ("rename", "model.safetensors"),
-        ("fsync", "config.json"), ("fsync", "out.partial"), ("rename", "out"),
+        ("fsync", "config.json"), ("fsync", "streamq.json"), ("fsync", "output"), ("rename", "out"),
     ]  # fmt: skip
-    assert [entry for entry in log if entry in wanted] == wanted
+    last = {entry: i for i, entry in enumerate(log)}
+    assert sorted(wanted, key=last.__getitem__) == wanted
     log.clear()
     run_convert(source, tmp_path / "out2", "nvfp4a16", sync=False)
     assert {kind for kind, _ in log} == {"rename"}
@@ -125,7 +129,8 @@ def test_overwrite_replaces_at_the_end_only(source, tmp_path, monkeypatch):
     assert (out / "model.safetensors").read_bytes() == before
     (out / "stale.txt").write_text("")
     run_convert(source, out, "w4a16", overwrite=True)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "streamq.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert "m.o_proj.weight_shape" in tensors_of(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
@@ -157,7 +162,9 @@ def test_pieces_in_any_order_make_the_same_file(tmp_path):
         name = f"{order[0]}.safetensors"
         writer = ShardWriter(tmp_path, name, HEADER, SIZE, SyncPool(False))
         for i in order:
-            (writer.put if i % 2 else writer.put_small)(len(HEADER) + i, b"abcd"[i : i + 1])
-        writer.close()
+            unit = writer.unit(str(i))
+            (unit.put if i % 2 else unit.put_small)(len(HEADER) + i, b"abcd"[i : i + 1])
+            unit.done()
+        assert writer.close() == FileSum(SIZE, [zlib.crc32(HEADER + b"abcd")])
     assert (tmp_path / "0.safetensors").read_bytes() == HEADER + b"abcd"
     assert (tmp_path / "3.safetensors").read_bytes() == HEADER + b"abcd"

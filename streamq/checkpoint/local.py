@@ -10,6 +10,7 @@ from typing import Any
 
 from streamq.errors import CheckpointError
 from streamq.tensors import TensorInfo
+from streamq.trust import RECORD
 
 from .header import Header, read_header
 
@@ -262,6 +263,8 @@ def _other_files(root: Path) -> list[str]:
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
+            if path == root / RECORD:  # of the source; the output has one of its own
+                continue
             if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
                 found.append(str(path.relative_to(root)))
     return found

@@ -118,13 +118,18 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
+@click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
+)
+@click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
 
     SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
-    already. DST appears when it is complete; until then the work is in DST.partial.
+    already. DST appears when it is complete; until then the work is in DST.partial, and the same
+    command goes on there where it was interrupted.
     """
     from streamq import show
     from streamq.checkpoint import open_checkpoint

@@ -49,7 +49,11 @@ def inspect(src: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
 def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quiet: bool) -> None:
-    """Check the quantized checkpoint DST; with --source, every element of it.
+    """Check the quantized checkpoint DST; with --source, every byte of it.
+
+    Its files are compared with the checksums in its streamq.json. With --source it is converted
+    again, to the same bytes; of an output that streamq did not make, or another version, every
+    element has to be within half a step of its code.
 
     Exit code 3 if anything fails.
     """
@@ -77,14 +81,23 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
             "quantized": report.quantized, "failures": report.failures,
+            "files": report.files, "exact": report.exact,
             **show.quality_json(report.quality),
         }))  # fmt: skip
     elif not report.failures and not quiet:
         click.echo(
             f"{dst}: ok; {report.tensors} tensors, {report.quantized} weights in {report.scheme}"
         )
+        if report.files is None:
+            click.echo("no streamq.json, so no checksums")
+        else:
+            click.echo(f"the checksums of {report.files} files hold")
+        if report.exact:
+            click.echo("every byte is what the source converts to")
+        elif source:
+            why = f" (not every byte was compared: {report.inexact})" if report.inexact else ""
+            click.echo(f"every element within its bound{why}")
         if source:
-            click.echo("every element within its bound")
             for line in show.quality_lines(report.quality):
                 click.echo(line)
     if report.failures:

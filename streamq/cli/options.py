@@ -113,5 +113,5 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
 
     return Settings(
         o["workers"], o["max_memory"], not o.get("no_sync", False), o.get("overwrite", False),
-        o.get("stats", False), progress, notify,
+        o.get("stats", False), progress, notify, o.get("restart", False), o.get("sha256", False),
     )  # fmt: skip

@@ -68,13 +68,18 @@ def _renames(
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
+@click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
+)
+@click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def reindex(src: str, dst: str | None, **o: Any) -> None:
     """Re-shard the checkpoint SRC into the new directory DST, without quantizing.
 
     Weights that loaders concatenate come into one shard; everything else stays in its own. SRC
-    may be quantized. DST appears when it is complete; until then the work is in DST.partial.
+    may be quantized. DST appears when it is complete; until then the work is in DST.partial, and
+    the same command goes on there where it was interrupted.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import default_workers
@@ -105,7 +110,8 @@ def reindex(src: str, dst: str | None, **o: Any) -> None:
         with progress(plan.bytes_out, "reindexing", o["quiet"] or o["as_json"]) as advance:
             done = run(
                 source, plan, dst or "", workers=workers, max_memory=o["max_memory"],
-                sync=not o["no_sync"], overwrite=o["overwrite"], progress=advance,
+                sync=not o["no_sync"], overwrite=o["overwrite"], restart=o["restart"],
+                sha256=o["sha256"], progress=advance, notify=say,
             )  # fmt: skip
     if o["as_json"]:
         said = _plan_json(plan, workers, free)

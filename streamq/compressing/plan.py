@@ -10,6 +10,7 @@ from streamq.errors import CheckpointError, PlanError
 from streamq.families import matcher
 from streamq.formats.ascend_description import FILE, FLOAT, Description, build, model_type
 from streamq.tensors import DTYPES, TensorInfo
+from streamq.trust import RECORD
 
 from .choose import SMALL_SAID, SPARSE, Choice, chooser, described
 from .layout import Entry, header_of
@@ -38,6 +39,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     index = _index(source) if options.tp is None else None
     if index is not None:
         restore[index] = _text(source, index)
+    if options.tp is None and options.keep is None and _is_whole(source):
+        restore[RECORD] = _text(source, RECORD)
     kind = "zstd"
     if options.codec == "ascend":
         new = _description(source, said, chosen)
@@ -161,6 +164,12 @@ def _index(source: Checkpoint) -> str | None:
     homes = read_json(source.root / name).get("weight_map")
     # A single file may have been opened beside it.
     return name if isinstance(homes, dict) and {*homes.values()} == {*source.files} else None
+
+
+def _is_whole(source: Checkpoint) -> bool:
+    """Whether the source is all of a directory that streamq.json is about."""
+    shards = {path.name for path in source.root.glob("*.safetensors")}
+    return shards == {*source.files} and (source.root / RECORD).is_file()
 
 
 def _text(source: Checkpoint, name: str) -> str:

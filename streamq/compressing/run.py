@@ -105,13 +105,13 @@ def compress(
         size = _finish(source, plan, target, run.index(), files)
         target.commit()
     except BaseException as e:
-        if target.partial.exists():
+        if target.begun and target.partial.exists():
             e.add_note(
                 f"{target.dst} was not written; {target.partial} stays, the next run replaces it."
             )
         raise
     finally:
-        target.sync.close()
+        target.close()
     return Summary(run.layers, plan.bytes_in, size, time.perf_counter() - began, workers)
 
 
@@ -128,14 +128,14 @@ def _finish(
     for name in plan.others:
         if name not in plan.texts and name not in plan.restore:
             target.copy_file(source.root / name, name)
-            manifest.files[name] = of_file(target.partial / name)
+            manifest.files[name] = of_file(target.output / name)
     texts = plan.texts if plan.index is None else {**plan.texts, plan.index: index}
     for name, text in texts.items():
         target.write_text(name, [text])
         manifest.files[name] = zlib.crc32(text.encode())
     manifest.made = [name for name in plan.texts if name not in plan.restore]
     target.write_text(COMPRESSION, [manifest.text()])
-    return sum((target.partial / name).stat().st_size for name in files)
+    return sum((target.output / name).stat().st_size for name in files)
 
 
 #: A shard by number, with what was made of a part of one of its tensors.

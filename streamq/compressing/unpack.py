@@ -87,7 +87,7 @@ def decompress(
                         writer.abandon()
                         raise
                     tensors += len(source.items)
-                closed.append(closer.submit(writer.close))
+                closed.append(closer.submit(target.close_shard, writer))
             for future in closed:
                 future.result()
         manifest = opened.manifest
@@ -98,13 +98,13 @@ def decompress(
             target.write_text(name, [text])
         target.commit()
     except BaseException as e:
-        if target.partial.exists():
+        if target.begun and target.partial.exists():
             e.add_note(
                 f"{target.dst} was not written; {target.partial} stays, the next run replaces it."
             )
         raise
     finally:
-        target.sync.close()
+        target.close()
     return Unpacked(tensors, opened.bytes_in, time.perf_counter() - began, workers)
 
 
@@ -226,16 +226,15 @@ def _decoded(
 def _write(writer: ShardWriter, part: Part, block: Array) -> None:
     """Write a part to where it was in the original."""
     item, tiling = part.item, part.item.tiling
+    unit = writer.unit()
     if tiling is None:
-        writer.put(item.start + part.first, block.data)
-        return
-    line = part.first * HEIGHT
-    if not tiling.transpose:
-        writer.put(item.start + line * tiling.row_bytes, block.data)
-        return
-    row = item.shape[1] * item.itemsize
-    if block.shape[1] == row:
-        writer.put(item.start, block.reshape(-1).data)
-        return
-    for i, columns in enumerate(block):
-        writer.put(item.start + i * row + line * item.itemsize, columns.data)
+        unit.put(item.start + part.first, block.data)
+    elif not tiling.transpose:
+        unit.put(item.start + part.first * HEIGHT * tiling.row_bytes, block.data)
+    elif block.shape[1] == (row := item.shape[1] * item.itemsize):
+        unit.put(item.start, block.reshape(-1).data)
+    else:
+        start = item.start + part.first * HEIGHT * item.itemsize
+        for i, columns in enumerate(block):
+            unit.put(start + i * row, columns.data)
+    unit.done()

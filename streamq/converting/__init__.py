@@ -15,13 +15,18 @@ from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
+from streamq.trust import fingerprint
 from streamq.writer import Destination, check_destination, same_disk
 
 from .jobs import JOB
-from .run import Run
+from .origin import identity_of, origin_of
+from .run import Run, Target
 from .worker import Progress
 
-__all__ = ["Output", "Progress", "Settings", "Summary", "convert", "convert_all", "default_workers"]
+__all__ = [
+    "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
+    "default_workers", "repeat",
+]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,7 +41,8 @@ class Settings:
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
     all workers. ``sync``: flush to disk before an output appears. ``overwrite``: replace
     what is there, once the new one is complete. ``stats``: measure what the weights lose.
-    ``progress``: see ``Progress``. ``notify``: told sentences for people.
+    ``progress``: see ``Progress``. ``notify``: told sentences for people. ``restart``: discard
+    what an interrupted run left. ``sha256``: note that of every file as well.
     """
 
     workers: int | None = None
@@ -46,6 +52,8 @@ class Settings:
     stats: bool = False
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None
+    restart: bool = False
+    sha256: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a conversion did; ``rounded`` scales of the source were not exact in the output."""
+    """What a conversion did; ``rounded`` scales of the source were not exact in the output.
+
+    ``resumed``: bytes of the output that an earlier run had written.
+    """
 
     bytes_in: int
     bytes_out: int
@@ -67,6 +78,7 @@ class Summary:
     backend: str
     quality: Quality | None
     rounded: int
+    resumed: int = 0
 
 
 def default_workers() -> int:
@@ -87,42 +99,81 @@ def convert_all(
 ) -> list[Summary]:
     """Carry out several plans for one source, which is read once.
 
-    Raises StreamqError; what is incomplete then stays in ``dst.partial`` for the next run
-    to replace, and notes on the exception say so.
+    Goes on where an earlier run with the same plans was interrupted. Raises StreamqError; what
+    is done then stays in ``dst.partial``, and notes on the exception say so.
     """
     began = time.perf_counter()
     workers = workers_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
-    targets = [Destination(o.dst, settings.overwrite, settings.sync) for o in outputs]
-    progress = settings.progress or (lambda n, name: None)
+    s = settings
+    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
+    pairs = list(zip(outputs, targets, strict=True))
+    progress = s.progress or (lambda n, name: None)
+    prints = fingerprint(source.root, source.files, source.others)
     try:
-        for target in targets:
-            target.begin()
-        work = [(o.plan, t) for o, t in zip(outputs, targets, strict=True) if not o.plan.verbatim]
-        run = Run(source, work, workers, progress, settings.stats)
-        backend = run.run(lambda: _load_kernels([plan for plan, _ in work], settings)).NAME
-        for output, target in zip(outputs, targets, strict=True):
-            _finish(source, output.plan, target, progress)
-        for target in targets:
-            target.commit()
+        for output, target in pairs:
+            target.begin(identity_of(output.plan, prints), s.restart)
+        work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
+        run = Run(source, work, workers, progress, s.stats)
+        resumed = [_resumed(source, o, t, s) for o, t in pairs]
+        if run.unmeasured:
+            _say(s, "what an earlier run without --stats has done is not in the figures")
+        backend = run.run(lambda: _load_kernels([plan for plan, _ in work], s)).NAME
+        for output, target in pairs:
+            finish(source, output.plan, target, progress)
+        for output, target in pairs:
+            target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:
-            if target.partial.exists():
+            if target.begun and target.partial.exists():
                 e.add_note(
-                    f"{target.dst} was not written; {target.partial} stays, the next run "
-                    "replaces it."
+                    f"{target.dst} was not written; {target.partial} stays, the same command goes "
+                    "on from there."
                 )
         raise
     finally:
         for target in targets:
-            target.sync.close()
+            target.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
     summaries = []
-    for plan in (o.plan for o in outputs):
-        said = ("copied", None, 0) if plan.verbatim else (backend, *next(measured))
-        summaries.append(Summary(plan.bytes_in, plan.bytes_out, seconds, workers, *said))
+    for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
+        ran, (quality, rounded) = (
+            ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
+        )
+        summaries.append(
+            Summary(plan.bytes_in, plan.bytes_out, seconds, workers, ran, quality, rounded, before)
+        )
     return summaries
+
+
+def _resumed(source: Checkpoint, output: Output, target: Destination, settings: Settings) -> int:
+    """Say how far an earlier run came; bytes of its shards that are there."""
+    plan = output.plan
+    names = source.files if plan.verbatim else [shard.name for shard in plan.shards]
+    if said := target.how_far(names, plan.bytes_out):
+        _say(settings, said)
+    done = sum(map(target.bytes_of, names))
+    if settings.progress and done:
+        settings.progress(plan.bytes_in * done // plan.bytes_out, "")
+    return done
+
+
+def _say(settings: Settings, line: str) -> None:
+    if settings.notify:
+        settings.notify(line)
+
+
+def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -> Quality | None:
+    """Give all that a conversion would write to ``target``; what the weights lost, if asked for."""
+    progress = settings.progress or (lambda n, name: None)
+    work = [] if plan.verbatim else [(plan, target)]
+    wanted = settings.workers or default_workers()
+    workers = plan.workers_within(wanted, settings.max_memory)
+    run = Run(source, work, workers, progress, settings.stats)
+    run.run(lambda: _load_kernels([plan for plan, _ in work], settings))
+    finish(source, plan, target, progress)
+    return run.measured[0][0] if run.measured else None
 
 
 def workers_of(outputs: list[Output], settings: Settings) -> int:
@@ -166,12 +217,12 @@ def check_outputs(outputs: list[Output], overwrite: bool) -> int:
     return free[0]
 
 
-def _finish(source: Checkpoint, plan: Plan, target: Destination, progress: Progress) -> None:
+def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -> None:
     """All files but the shards; all files at all of a source that is what is wanted."""
     if plan.verbatim:
         index = [path.name for path in source.root.glob("*.safetensors.index.json")]
         for name in [*source.others, *index, *source.files]:
-            target.copy_file(source.root / name, name)
+            target.copy_file(source.root / name, name, keep=name in source.files)
             progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
         return
     for name in plan.others:

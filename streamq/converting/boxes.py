@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from streamq.formats import Entry, Role
 from streamq.planning import STRIP
 from streamq.quality import Quality
-from streamq.writer import ShardWriter
 
 from .slabs import Array, Slab
 
@@ -19,10 +20,40 @@ from .slabs import Array, Slab
 OUTBOX = 1 << 18
 
 
+class Writer(Protocol):
+    """Takes bytes of an output file, at absolute offsets."""
+
+    def put(self, offset: int, data: Any) -> None:
+        """Take a buffer."""
+
+    def put_small(self, offset: int, data: bytes) -> None:
+        """Take a few bytes."""
+
+    def copy_from(self, fd: int, start: int, offset: int, nbytes: int) -> None:
+        """Take bytes of a source file."""
+
+
+class Unit(Writer, Protocol):
+    """Bytes that count as there together."""
+
+    def done(self, note: dict[str, Any]) -> None:
+        """All of them were put."""
+
+
+class Shard(Protocol):
+    """An output file, or what takes its place."""
+
+    def unit(self, key: str) -> Unit:
+        """A new unit; the key tells it from others."""
+
+    def abandon(self) -> None:
+        """Nothing more will come."""
+
+
 class Outbox:
     """Neighbouring bytes of one output file."""
 
-    def __init__(self, shard: ShardWriter) -> None:
+    def __init__(self, shard: Writer) -> None:
         self._shard = shard
         self._buffer = np.empty(0, np.uint8)
         self._start = self._filled = 0
@@ -52,7 +83,7 @@ class Strip:
     A tensor that fits is one write; a larger one is written line by line, some KB at a time.
     """
 
-    def __init__(self, shard: ShardWriter) -> None:
+    def __init__(self, shard: Writer) -> None:
         self._shard = shard
         self._entry: Entry | None = None
         self._start = 0  # of the tensor in the file
@@ -108,12 +139,41 @@ class Tally:
         with self._lock:
             self.rounded += count
 
+    def note(self) -> dict[str, Any]:
+        """What was counted, for ``take``."""
+        found: dict[str, Any] = {"rounded": self.rounded} if self.rounded else {}
+        return {**found, "quality": self.quality.sums()} if self.quality is not None else found
+
+    def take(self, note: dict[str, Any]) -> None:
+        """Count what another has counted; weights that it did not measure are not counted."""
+        self.round(note.get("rounded", 0))
+        if self.quality is not None:
+            for name, signal, noise in note.get("quality", []):
+                self.quality.add(name, signal, noise)
+
 
 class Sink(NamedTuple):
+    """Where some weights of a shard go."""
+
+    writer: Writer
+    tally: Tally
+
+
+class ShardSink(NamedTuple):
     """Where the weights of a shard go."""
 
-    writer: ShardWriter
+    shard: Shard
     tally: Tally
+
+    @contextmanager
+    def unit(self, key: str) -> Iterator[Sink]:
+        """A sink for what counts as done together, when the context is left without an error."""
+        unit = self.shard.unit(key)
+        tally = Tally(Quality() if self.tally.quality is not None else None)
+        yield Sink(unit, tally)
+        note = tally.note()
+        self.tally.take(note)
+        unit.done(note)
 
 
 class Out:

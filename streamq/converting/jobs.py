@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import chain
 from math import lcm
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 
 from streamq.planning import Copy, ShardPlan, Weights, slab_rows
 
-from .boxes import Sink
+from .boxes import ShardSink
 from .slabs import Array, Stretch, stretches
 from .worker import Worker
 
@@ -26,7 +27,9 @@ JOB = 64 << 20
 
 
 #: Where the weights of a shard go, by its number over the shards of all outputs.
-Sinks = Callable[[int], Sink]
+Sinks = Callable[[int], ShardSink]
+#: Whether some work for a shard, by its number and the key of the work, is to be done.
+Wanted = Callable[[int, str], bool]
 
 
 class Share(NamedTuple):
@@ -35,6 +38,17 @@ class Share(NamedTuple):
     shard: int
     weights: Weights
     rows: list[Stretch]
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of its shard: the places that it fills there."""
+        members = np.concatenate([r.members for r in self.rows])
+        ends = np.concatenate([r.ends for r in self.rows])
+        firsts = np.array([r.first for r in self.rows])
+        digest = blake2b(digest_size=8)
+        for column in (self.weights.starts[members], ends, firsts):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def outer(self, worker: Worker) -> Array | None:
         """The scale above the blocks for each weight, from all rows of all its steps."""
@@ -64,9 +78,19 @@ class Batch:
         if len(self.shares) > 1:
             worker.hold([rows for share in self.shares for rows in share.rows])
         for share in self.shares:
-            worker.quantize(share.rows, share.outer(worker), sinks(share.shard))
+            with sinks(share.shard).unit(share.key) as sink:
+                worker.quantize(share.rows, share.outer(worker), sink)
         worker.release()
         return []
+
+    def keep(self, wanted: Wanted) -> bool:
+        """Leave out what is not wanted; False if that is all."""
+        self.shares = [s for s in self.shares if wanted(s.shard, s.key)]
+        return bool(self.shares)
+
+    def units(self) -> list[tuple[int, str]]:
+        """Shard and key of what it does."""
+        return [(share.shard, share.key) for share in self.shares]
 
 
 @dataclass(slots=True)
@@ -104,6 +128,11 @@ class AmaxPart:
                           for s in part.shares]  # fmt: skip
         return list(self.then)
 
+    def keep(self, wanted: Wanted) -> bool:
+        """False if nothing is left of the second pass, which was asked before."""
+        self.shards = sorted({shard for part in self.then for shard in part.shards})
+        return bool(self.then)
+
 
 @dataclass(slots=True)
 class QuantizePart:
@@ -122,9 +151,20 @@ class QuantizePart:
         if len(self.shares) > 1:
             worker.hold([rows for share in self.shares for rows in share.rows])
         for share, outer in zip(self.shares, self.outer, strict=True):
-            worker.quantize(share.rows, outer, sinks(share.shard))
+            with sinks(share.shard).unit(share.key) as sink:
+                worker.quantize(share.rows, outer, sink)
         worker.release()
         return []
+
+    def keep(self, wanted: Wanted) -> bool:
+        """Leave out what is not wanted; False if that is all."""
+        self.shares = [s for s in self.shares if wanted(s.shard, s.key)]
+        self.outer = [None] * len(self.shares)
+        return bool(self.shares)
+
+    def units(self) -> list[tuple[int, str]]:
+        """Shard and key of what it does."""
+        return [(share.shard, share.key) for share in self.shares]
 
 
 @dataclass(slots=True)
@@ -145,9 +185,22 @@ class CopyRun:
 
     def run(self, worker: Worker, sinks: Sinks) -> list[Job]:
         """Copy them."""
-        writer = sinks(self.shard).writer
-        worker.copy(self.file, self.start, self.offset, self.nbytes, self.name, writer)
+        with sinks(self.shard).unit(self.key) as sink:
+            worker.copy(self.file, self.start, self.offset, self.nbytes, self.name, sink.writer)
         return []
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of its shard."""
+        return f"{self.offset}+{self.nbytes}"
+
+    def keep(self, wanted: Wanted) -> bool:
+        """False if it is not wanted."""
+        return wanted(self.shard, self.key)
+
+    def units(self) -> list[tuple[int, str]]:
+        """Shard and key of what it does."""
+        return [(self.shard, self.key)]
 
 
 Job = Batch | AmaxPart | QuantizePart | CopyRun

@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from itertools import chain
+from pathlib import Path
 from types import ModuleType
+from typing import Any, Protocol
 
 from streamq.checkpoint import Checkpoint
 from streamq.planning import Plan
 from streamq.quality import Quality
-from streamq.writer import Destination
 
-from .boxes import Sink, Tally
+from .boxes import Shard, ShardSink, Tally
+from .jobs import AmaxPart, Job, jobs_of
 from .scheduler import Scheduler
 from .worker import Progress, Stopped, Worker
+
+
+class Target(Protocol):
+    """Where an output goes: a Destination, or what compares it with one that is there."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether some of it is there from an earlier run."""
+
+    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
+        """Which units of a shard are there."""
+
+    def is_complete(self, name: str) -> bool:
+        """Whether all of a shard is there."""
+
+    def notes_of(self, name: str) -> list[dict[str, Any]]:
+        """What was noted of its units that are there."""
+
+    def shard(self, name: str, header: bytes, size: int) -> Shard:
+        """Open a shard."""
+
+    def close_shard(self, shard: Any) -> None:
+        """Close it."""
+
+    def copy_file(self, source: Path, name: str, keep: bool = False) -> None:
+        """Take a file of the source as it is; ``keep`` where it is large."""
+
+    def write_text(self, name: str, pieces: Iterable[str]) -> None:
+        """Take a text file."""
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Take a JSON object."""
 
 
 class Run:
@@ -23,7 +58,7 @@ class Run:
     def __init__(
         self,
         source: Checkpoint,
-        work: list[tuple[Plan, Destination]],
+        work: Sequence[tuple[Plan, Target]],
         workers: int,
         progress: Progress,
         stats: bool,
@@ -38,8 +73,13 @@ class Run:
             for (plan, destination), tally in zip(work, self._tallies, strict=True)
             for shard in plan.shards
         ]
-        self._scheduler = Scheduler([plan.shards for plan, _ in work])
-        self._sinks: dict[int, Sink] = {}
+        self._idle: list[int] = []  # shards of which an earlier run has written all
+        self.unmeasured = False  # whether one did that without measuring what weights lose
+        jobs = list(jobs_of([plan.shards for plan, _ in work]))
+        if any(destination.goes_on for _, destination in work):
+            jobs = self._left_of(jobs)
+        self._scheduler = Scheduler(jobs, len(self._shards))
+        self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -61,6 +101,7 @@ class Run:
                 threads = range(self._workers)
                 return [pool.submit(self._work, i, kernels, closer, closing) for i in threads]
 
+            closing += [closer.submit(self._close, shard) for shard in self._idle]
             futures = start(None)
             try:
                 kernels = load_kernels()
@@ -77,8 +118,50 @@ class Run:
                 _raise_first(closing)
             finally:
                 for sink in self._sinks.values():
-                    sink.writer.abandon()
+                    sink.shard.abandon()
         return kernels
+
+    def _left_of(self, jobs: list[Job]) -> list[Job]:
+        """What is to be done where an earlier run has begun."""
+        second = {id(job.then): job.then for job in jobs if isinstance(job, AmaxPart)}
+        first = [job for job in jobs if not isinstance(job, AmaxPart)]
+        keys: list[set[str]] = [set() for _ in self._shards]
+        for job in chain(first, *second.values()):
+            for number, key in job.units():
+                keys[number].add(key)
+        done = []
+        for (shard, destination, tally), units in zip(self._shards, keys, strict=True):
+            done.append(destination.finished(shard.name, shard.size, units))
+            notes = destination.notes_of(shard.name)
+            for note in notes:
+                tally.take(note)
+            if shard.weights and tally.quality is not None:  # each unit has a note of it
+                self.unmeasured |= sum("quality" in note for note in notes) < len(done[-1])
+
+        def wanted(number: int, key: str) -> bool:
+            return key not in done[number]
+
+        for parts in second.values():
+            parts[:] = [part for part in parts if part.keep(wanted)]
+        left = [job for job in jobs if job.keep(wanted)]
+        busy = {number for job in left for number in job.shards}
+        self._idle = [
+            number
+            for number, (shard, destination, _) in enumerate(self._shards)
+            if number not in busy and not destination.is_complete(shard.name)
+        ]
+        return left
+
+    def _close(self, number: int) -> None:
+        """Close a shard of which all is written."""
+        opened = self._sink(number).shard
+        with self._lock:
+            del self._sinks[number]
+        try:
+            self._shards[number][1].close_shard(opened)
+        except BaseException:
+            opened.abandon()
+            raise
 
     def _work(
         self,
@@ -92,16 +175,14 @@ class Run:
         while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
             released = job.run(worker, self._sink)
             for shard in self._scheduler.done(job, released):
-                with self._lock:
-                    writer = self._sinks.pop(shard).writer
-                closing.append(closer.submit(writer.close))
+                closing.append(closer.submit(self._close, shard))
 
-    def _sink(self, number: int) -> Sink:
+    def _sink(self, number: int) -> ShardSink:
         with self._lock:
             if number not in self._sinks:
                 shard, destination, tally = self._shards[number]
-                writer = destination.shard(shard.name, shard.header, shard.size)
-                self._sinks[number] = Sink(writer, tally)
+                opened = destination.shard(shard.name, shard.header, shard.size)
+                self._sinks[number] = ShardSink(opened, tally)
             return self._sinks[number]
 
 

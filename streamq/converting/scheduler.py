@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 
-from streamq.planning import ShardPlan
-
-from .jobs import CopyRun, Job, jobs_of
+from .jobs import CopyRun, Job
 
 
 class Scheduler:
@@ -20,11 +19,11 @@ class Scheduler:
     A job waits with the first shard that it writes to.
     """
 
-    def __init__(self, outputs: list[list[ShardPlan]]) -> None:
-        count = sum(map(len, outputs))
+    def __init__(self, jobs: Iterable[Job], count: int) -> None:
+        """``count``: shards of all outputs."""
         self._ready: list[deque[Job]] = [deque() for _ in range(count)]
         self._left = [0] * count
-        for job in jobs_of(outputs):
+        for job in jobs:
             self._ready[job.shards[0]].append(job)
             self._count(job, 1)
         self._homes: dict[int, int] = {}

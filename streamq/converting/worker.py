@@ -20,9 +20,8 @@ from streamq.quality import Quality
 from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
 from streamq.stored import Stored, read, read_rows
 from streamq.tensors import DTYPES
-from streamq.writer import ShardWriter
 
-from .boxes import Out, Sink, Tally
+from .boxes import Out, Sink, Tally, Writer
 from .errors import refuse_damaged, telling
 from .slabs import Array, Slab, Stretch, joined, slabs, span_of
 
@@ -208,7 +207,7 @@ class Worker:
             quality.add(weights.sources[member].name, signal, noise)
 
     def copy(
-        self, file: str, start: int, offset: int, nbytes: int, name: str, shard: ShardWriter
+        self, file: str, start: int, offset: int, nbytes: int, name: str, shard: Writer
     ) -> None:
         """Copy bytes that stay as they are, a piece at a time so that a stop is heard."""
         for done in range(0, nbytes, COPY):
@@ -277,9 +276,7 @@ def _input_scale(slab: Slab, source: Checkpoint) -> bytes | None:
     return target.format.pack_global(g, slab.weights.numpy).tobytes()
 
 
-def _put_small(
-    slab: Slab, outer: Array | None, shard: ShardWriter, input_scale: bytes | None
-) -> None:
+def _put_small(slab: Slab, outer: Array | None, shard: Writer, input_scale: bytes | None) -> None:
     """Outputs of a few bytes that are not made of rows; members' lie one behind the other."""
     weights = slab.weights
     starts = weights.starts[slab.members[0]].tolist()

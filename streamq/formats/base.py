@@ -98,6 +98,11 @@ class Format:
                 raise PlanError(f"{option} does not apply to the format {self.name}.")
         return self
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that make this format with ``configured``, by name."""
+        return {}
+
     def layout(
         self, rows: int, cols: int, dtype: str, scheme: Scheme, input_scale: float = 1.0
     ) -> Layout:

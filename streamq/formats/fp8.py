@@ -52,6 +52,11 @@ class Fp8(Format):
             raise PlanError(f"--scale-fmt is {_POWERS} or left out, got {scale_fmt}.")
         return self if scale_fmt == self.scale_fmt else Fp8(scale_fmt)
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """See ``Format.chosen``."""
+        return {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
+
     def concrete(self, scheme: Scheme) -> Scheme:
         """See ``Format.concrete``. Scales are f32, whatever the weight's dtype."""
         scheme = super().concrete(scheme)

@@ -50,6 +50,11 @@ class GptFast(Format):
         super().configured(**options)
         return GptFast(names=True) if names else self
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """See ``Format.chosen``."""
+        return {"gpt_fast_names": True} if self.names else {}
+
     def as_read(self, config: Mapping[str, Any]) -> Format:
         """See ``Format.as_read``."""
         return GptFast(names=quantization_of(config).get("names") == self.method)

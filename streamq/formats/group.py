@@ -55,6 +55,11 @@ class Group(Format):
             raise PlanError(f"--group-dim must be 0 or 1, got {dim}.")
         return self if dim is None else Group(dim)
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """See ``Format.chosen``."""
+        return {"group_dim": self.dim}
+
     def concrete(self, scheme: Scheme) -> Scheme:
         """See ``Format.concrete``."""
         scheme = super().concrete(scheme)

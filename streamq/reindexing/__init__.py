@@ -65,6 +65,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     groups, apart = groups_of(m)
     leaves = Counter(found.module.rpartition(".")[2] for found in made)
     return Plan(
+        options=options,
         shards=shards,
         files=files,
         others=source.others,

@@ -8,15 +8,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamq.checkpoint import CONFIG, Checkpoint
-from streamq.writer import Destination, ShardWriter, check_destination
+from streamq.trust import VERSION, crc32, fingerprint, without_times
+from streamq.writer import Destination, ShardWriter, Unit, check_destination
 
-from .types import Copy, Gather, Piece, Plan, Shard, Summary, Task, Transpose
+from .types import Copy, Gather, Options, Piece, Plan, Shard, Summary, Task, Transpose
 
 #: Told of bytes done, and of the tensor that they belong to.
 Progress = Callable[[int, str], None]
@@ -39,20 +41,27 @@ class _Stopped(Exception):
 def reindex(
     source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], *,
     workers: int, max_memory: int, sync: bool = True, overwrite: bool = False,
-    progress: Progress | None = None,
+    restart: bool = False, sha256: bool = False, progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Summary:  # fmt: skip
     """Write the checkpoint that ``plan`` describes to the directory ``dst``.
 
-    Raises StreamqError; what is incomplete then stays in ``dst.partial`` for the next run to
-    replace, and a note on the exception says so.
+    Goes on where an earlier run with the same plan was interrupted, unless ``restart``. Raises
+    StreamqError; what is done then stays in ``dst.partial``, and a note on the exception says so.
     """
     began = time.perf_counter()
     check_destination(Path(dst), plan.disk_needed, overwrite)
-    target = Destination(Path(dst), overwrite, sync)
+    target = Destination(Path(dst), overwrite, sync, sha256)
+    prints = fingerprint(source.root, source.files, source.others)
+    made = {"streamq": VERSION, "command": "reindex", "options": _spelled(plan.options)}
+    headers = {shard.name: crc32(shard.header) for shard in plan.shards}
     try:
-        target.begin()
+        target.begin({**made, "source": prints, "headers": headers}, restart)
         strip = max(4096, min(STRIP, max_memory // (2 * workers)))
-        _Run(source, plan.shards, target, strip, progress or (lambda n, name: None)).run(workers)
+        run = _Run(source, plan.shards, target, strip, progress or (lambda n, name: None))
+        if notify and (said := target.how_far([s.name for s in plan.shards], plan.bytes_out)):
+            notify(said)
+        run.run(workers)
         for name in plan.others:
             if name not in plan.files:
                 target.copy_file(source.root / name, name)
@@ -60,16 +69,22 @@ def reindex(
             target.write_text(INDEX, plan.index())
         for name, value in sorted(plan.files.items(), key=lambda item: item[0] == CONFIG):
             target.write_json(name, value)
-        target.commit()
+        target.commit({**made, "source": without_times(prints)})
     except BaseException as e:
-        if target.partial.exists():
+        if target.begun and target.partial.exists():
             e.add_note(
-                f"{target.dst} was not written; {target.partial} stays, the next run replaces it."
+                f"{target.dst} was not written; {target.partial} stays, the same command goes on "
+                "from there."
             )
         raise
     finally:
-        target.sync.close()
+        target.close()
     return Summary(plan.bytes_out, time.perf_counter() - began, workers)
+
+
+def _spelled(options: Options) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return {**asdict(options), "rename": [list(pair) for pair in options.rename]}
 
 
 class _Run:
@@ -81,13 +96,25 @@ class _Run:
     ) -> None:  # fmt: skip
         self._source, self._shards, self._target = source, shards, target
         self._strip, self._progress = strip, progress
-        self._ready = [deque(_pieces(shard.tasks)) for shard in shards]
+        self._ready = [deque(self._left_of(shard)) for shard in shards]
         self._left = [max(1, len(tasks)) for tasks in self._ready]
-        self._empty = deque(i for i, tasks in enumerate(self._ready) if not tasks)
+        self._empty = deque(
+            i for i, tasks in enumerate(self._ready)
+            if not tasks and not target.is_complete(shards[i].name)
+        )  # fmt: skip
         self._writers: dict[int, ShardWriter] = {}
         self._homes: dict[int, int] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+
+    def _left_of(self, shard: Shard) -> list[Task]:
+        """What is to be done for a shard; an earlier run may have done some of it."""
+        tasks = list(_pieces(shard.tasks))
+        if not self._target.goes_on:
+            return tasks
+        done = self._target.finished(shard.name, shard.size, set(map(_key, tasks)))
+        self._progress(self._target.bytes_of(shard.name), shard.name)
+        return [task for task in tasks if _key(task) not in done]
 
     def run(self, workers: int) -> None:
         """Run to the end, or raise the first error after all threads have come home."""
@@ -115,16 +142,27 @@ class _Run:
             shard, task = found
             writer = self._writer(shard)
             if task is not None:
-                self._do(task, writer)
+                unit = writer.unit(_key(task))
+                self._do(task, unit)
+                unit.done()
             with self._lock:
                 self._left[shard] -= 1
                 done = self._left[shard] == 0
                 if done:
                     del self._writers[shard]
             if done:
+                unit = writer.unit()
                 for offset, value in self._shards[shard].values:
-                    writer.put_small(offset, value)
-                closing.append(closer.submit(writer.close))
+                    unit.put_small(offset, value)
+                unit.done()
+                closing.append(closer.submit(self._close, writer))
+
+    def _close(self, writer: ShardWriter) -> None:
+        try:
+            self._target.close_shard(writer)
+        except BaseException:
+            writer.abandon()
+            raise
 
     def _next(self, worker: int) -> tuple[int, Task | None] | None:
         """A task of the worker's shard, or of one that nobody is at, or of that with the most."""
@@ -151,7 +189,7 @@ class _Run:
                 self._writers[number] = self._target.shard(shard.name, shard.header, shard.size)
             return self._writers[number]
 
-    def _do(self, task: Task, writer: ShardWriter) -> None:
+    def _do(self, task: Task, writer: Unit) -> None:
         if self._stop.is_set():
             raise _Stopped
         if isinstance(task, Copy):
@@ -162,7 +200,7 @@ class _Run:
         else:
             self._transpose(task, writer)
 
-    def _gather(self, g: Gather, writer: ShardWriter) -> None:
+    def _gather(self, g: Gather, writer: Unit) -> None:
         """Put lines together, as many at a time as a buffer holds."""
         height = max(1, min(GATHER, self._strip // SPAN) // g.width)
         for first in range(0, g.lines, height):
@@ -188,7 +226,7 @@ class _Run:
         self._source.pread(p.file, start, raw.data)
         into[:] = np.lib.stride_tricks.as_strided(raw, into.shape, (p.step, 1))
 
-    def _transpose(self, t: Transpose, writer: ShardWriter) -> None:
+    def _transpose(self, t: Transpose, writer: Unit) -> None:
         """Write the rows of a matrix whose columns lie in lines, some at a time."""
         row = t.view.nbytes // t.view.rows
         height = max(1, self._strip // row)
@@ -198,6 +236,11 @@ class _Run:
             rows = t.view.read(self._source, first, min(height, t.view.rows - first))
             writer.put(t.offset + first * row, rows.reshape(-1).view(np.uint8).data)
             self._progress(rows.nbytes, t.name)
+
+
+def _key(task: Task) -> str:
+    """What tells a task from all others of its shard that fill a byte."""
+    return f"{task.offset} {task.name}"
 
 
 def _pieces(tasks: list[Task]) -> Iterator[Task]:

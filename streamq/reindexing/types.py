@@ -140,6 +140,7 @@ class Plan:
     ``made``: how many modules became what, ``{"qkv_proj": 32}``.
     """
 
+    options: Options
     shards: list[Shard]
     files: dict[str, dict[str, Any]]
     others: list[str]

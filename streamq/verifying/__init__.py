@@ -16,6 +16,8 @@ from streamq.recipe import Recipe
 from streamq.stored import look
 
 from .elements import Progress, compare
+from .exact import convert_again, plan_of
+from .files import check_files, describe, read_record
 from .readers import check_readers, schemes_on_disk
 from .report import Report
 from .structure import check_index, check_scales, find_weights
@@ -31,13 +33,15 @@ def verify(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> Report:
-    """Check the checkpoint in ``dst``; with ``source``, every element of it.
+    """Check the checkpoint in ``dst``; with ``source``, every byte or element of it.
 
-    Structure: headers, index, total_size, names, dtypes and shapes against the config,
-    finite non-zero scales, equal global scales inside fused groups; compressed-tensors configs
-    mean to every reader what is on disk, and so do Ascend's descriptions. With the source:
-    untouched tensors are equal byte for byte, and each weight is within half a code step
-    of its code (clipped ones aside); a quantized source counts with the values of its codes.
+    Files: the checksums that streamq.json has of each. Structure: headers, index, total_size,
+    names, dtypes and shapes against the config, finite non-zero scales, equal global scales
+    inside fused groups; compressed-tensors configs mean to every reader what is on disk, and so do
+    Ascend's descriptions. With the source: where streamq.json tells how ``dst`` was made from it,
+    it is converted again and every byte compared. Of other outputs untouched tensors are equal
+    byte for byte, and each weight is within half a code step of its code (clipped ones aside); a
+    quantized source counts with the values of its codes.
     ``recipe``: the one it was made by, where that declares groups or layouts of experts.
     Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
     the report.
@@ -46,12 +50,15 @@ def verify(
     folder = Path(dst)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory.")
+    record = read_record(folder, report)
+    damages = check_files(folder, record, workers, report) if record else []
     try:
         checkpoint = open_checkpoint(folder)
     except CheckpointError as e:
-        report.failures.append(str(e))
+        report.failures += [*describe(damages, None), str(e)]
         return report
     with checkpoint:
+        report.failures += describe(damages, checkpoint)
         report.tensors = len(checkpoint.tensors)
         check_index(checkpoint, report)
         try:
@@ -75,6 +82,11 @@ def verify(
             said = description_of(checkpoint.config)
             report.failures += findings(said, checkpoint.tensors, family)
         if source is not None:
+            plan = plan_of(record, source, report) if record else None
+            if plan is not None and convert_again(
+                checkpoint, source, plan, workers, progress, report
+            ):
+                return report
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
     report.failures = list(dict.fromkeys(report.failures))  # one weight may be looked at twice
