@@ -41,7 +41,7 @@ peer-%:
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py tests/test_crash.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py tests/test_crash.py tests/test_compress.py tests/test_compress_failures.py
 	$(BIN)/python tests/kills.py 500
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.

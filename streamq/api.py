@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from streamq.errors import PlanError
 
 if TYPE_CHECKING:
+    from streamq.compressing import Summary as Compressed
+    from streamq.compressing import Unpacked
     from streamq.converting import Settings, Summary
     from streamq.planning import Options, Plan
     from streamq.reindexing import Summary as Reindexed
@@ -46,7 +48,7 @@ def options(
     from streamq.formats import named
     from streamq.planning import Options
     from streamq.recipe import load
-    from streamq.schemes import resolve
+    from streamq.schemes import ASCEND, has_groups, resolve
 
     if not (isfinite(input_scale) and input_scale > 0):
         raise PlanError(f"--input-scale must be above zero, got {input_scale}.")
@@ -56,14 +58,24 @@ def options(
         if value not in known:
             raise PlanError(f"{name} must be {' or '.join(known)}, got {value!r}.")
     given = {k: v for k, v in of_format.items() if v is not None}
+    if format is None and scheme is not None and scheme.upper() in ASCEND:
+        format = "ascend"
     if given and format is None:
         option = "--" + next(iter(given)).replace("_", "-")
         raise PlanError(f"{option} needs a --format that has it.")
     rules = None
-    if scheme is not None:
-        chosen = replace(resolve(scheme, group_size), scales=scales)  # type: ignore[arg-type]
+
+    def group_of(named_in: str | None) -> int | None:
+        found = format or named_in
+        return named(found).group_size if found else None
+
     if recipe is not None:
-        rules = load(recipe, scales)
+        rules = load(recipe, scales, group_of)
+        format = format or rules.format
+    if scheme is not None:
+        size = group_of(format) if group_size is None and has_groups(scheme) else group_size
+        chosen = replace(resolve(scheme, size), scales=scales)  # type: ignore[arg-type]
+    if rules is not None:
         if scheme is not None:
             rules = replace(rules, scheme=chosen)
         elif group_size is not None:
@@ -71,7 +83,6 @@ def options(
         if not rules.schemes:
             raise PlanError("the recipe gives nothing a scheme; add a rule, or use --scheme.")
         chosen, ignore = rules.schemes[0], (*ignore, *rules.ignore)
-        format = format or rules.format
     elif scheme is None:
         raise PlanError("a scheme or a recipe is needed.")
     return Options(
@@ -148,18 +159,81 @@ def reindex(
         )  # fmt: skip
 
 
+def compress(
+    src: Path,
+    dst: Path,
+    *,
+    codec: Literal["zstd", "ascend"] = "zstd",
+    dictionary: Literal["call", "tile"] = "call",
+    disable_layers: Iterable[str] = (),
+    transpose: bool = False,
+    sparsity: str | None = None,
+    tp: int | None = None,
+    settings: Settings | None = None,
+) -> Compressed:
+    """Compress the checkpoint ``src`` into the new directory ``dst``, see docs/compress.md.
+
+    ``sparsity``: "magnitude:0.5" keeps half of each row. Raises StreamqError; ``dst`` is then as
+    it was.
+    """
+    from streamq.checkpoint import open_checkpoint
+    from streamq.compressing import Options, make_plan
+    from streamq.compressing import compress as run
+    from streamq.compressing import sparsity as kept
+    from streamq.converting import Settings, default_workers
+    from streamq.planning import refuse_overlap
+
+    refuse_overlap(src, dst)
+    keep = kept(sparsity) if sparsity is not None else None
+    options = Options(codec, dictionary, tuple(disable_layers), transpose, keep, tp)
+    s = settings or Settings()
+    with open_checkpoint(src) as source:
+        return run(
+            source, make_plan(source, options), dst, workers=s.workers or default_workers(),
+            max_memory=s.max_memory, sync=s.sync, overwrite=s.overwrite, progress=s.progress,
+        )  # fmt: skip
+
+
+def decompress(src: Path, dst: Path, *, settings: Settings | None = None) -> Unpacked:
+    """Write what ``compress`` was given into the new directory ``dst``.
+
+    Raises StreamqError, naming what is damaged; ``dst`` is then as it was.
+    """
+    from streamq.compressing import Opened
+    from streamq.compressing import decompress as run
+    from streamq.converting import Settings, default_workers
+    from streamq.planning import refuse_overlap
+
+    refuse_overlap(src, dst)
+    s = settings or Settings()
+    return run(
+        Opened(src), dst, workers=s.workers or default_workers(), max_memory=s.max_memory,
+        sync=s.sync, overwrite=s.overwrite, progress=s.progress,
+    )  # fmt: skip
+
+
 def verify(
     dst: Path, source: Path | None = None, *, recipe: Path | Mapping[str, Any] | None = None
 ) -> Report:
     """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``.
 
+    Of a compressed directory every tensor is decoded, and compared with its check sum.
+
     ``recipe``: that of ``dst``, where it declares fused groups or layouts of experts.
     """
     from contextlib import nullcontext
 
-    from streamq.checkpoint import open_checkpoint
+    from streamq.checkpoint import is_compressed, open_checkpoint
     from streamq.recipe import load
     from streamq.verifying import verify as run
+
+    if is_compressed(dst):
+        from streamq.compressing import verify as decode
+        from streamq.converting import Settings, default_workers
+
+        if source is not None:
+            raise PlanError(f"{dst}: is compressed; it has check sums, and takes no source.")
+        return decode(dst, workers=default_workers(), max_memory=Settings().max_memory)
 
     rows = load(recipe) if recipe is not None else None
     with open_checkpoint(source) if source is not None else nullcontext() as original:

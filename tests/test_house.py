@@ -23,6 +23,7 @@ FLOORS = [
     {"planning"},
     {"converting", "measure", "reindexing", "progress"},
     {"allocate", "verifying"},
+    {"compressing"},
     {"show", "api"},
     {"cli"},
 ]

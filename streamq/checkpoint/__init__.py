@@ -1,9 +1,19 @@
 """The read side: headers first, then bytes into buffers that the caller owns."""
 
 from .header import MAX_HEADER, read_header
-from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint, read_json
+from .local import (
+    COMPRESSED,
+    COMPRESSION,
+    CONFIG,
+    DESCRIPTION,
+    INDEX_SUFFIX,
+    Checkpoint,
+    is_compressed,
+    open_checkpoint,
+    read_json,
+)
 
 __all__ = [
-    "CONFIG", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint", "open_checkpoint", "read_header",
-    "read_json",
+    "COMPRESSED", "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER",
+    "Checkpoint", "is_compressed", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip

@@ -19,7 +19,13 @@ from .header import Header, read_header
 Array = np.ndarray[Any, Any]
 
 CONFIG = "config.json"
+#: What Ascend's tools say of a quantization, in place of config.json.
+DESCRIPTION = "quant_model_description.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+#: Beside weights that ``streamq compress`` wrote, which are no tensors of a model as they are.
+COMPRESSION = "streamq_compression.json"
+#: In ``__metadata__`` of each file of these, as that one may be lost.
+COMPRESSED = "streamq_compression"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
 _WEIGHT_SUFFIXES = (
     ".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
@@ -129,13 +135,15 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
     """
     path = Path(src)
+    if is_compressed(path.parent if path.is_file() else path):
+        raise CheckpointError(f"{path}: is compressed; `streamq decompress` it first.")
     if path.is_file():
-        config = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
-        others = [CONFIG] if config else []
+        config = _config(path.parent)
+        others = [name for name in (CONFIG, DESCRIPTION) if (path.parent / name).is_file()]
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = _config(path)
     others, oddities = _other_files(path), []
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     index_path = _find_index(path)
@@ -152,6 +160,34 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     return _open(path, shards, index, config, others, oddities)
 
 
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``streamq compress`` wrote this directory."""
+    return (Path(path) / COMPRESSION).is_file()
+
+
+def _config(root: Path) -> dict[str, Any]:
+    """config.json, with Ascend's description where other quantizations are said.
+
+    Older files of its have the type of the model in their name. Raises CheckpointError where
+    config.json speaks of another quantization.
+    """
+    config = read_json(root / CONFIG) if (root / CONFIG).is_file() else {}
+    usual = root / DESCRIPTION
+    older = sorted(root.glob(f"{usual.stem}_*{usual.suffix}"))
+    path = usual if usual.is_file() else older[0] if len(older) == 1 else None
+    if path is None:
+        return config
+    said = config.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method not in (None, "ascend"):
+        raise CheckpointError(
+            f"{root}: {path.name} is there and {CONFIG} says that the quantization is {method!r}; "
+            "remove what is not true of these weights."
+        )
+    description = {"quant_method": "ascend", "description": read_json(path)}
+    return {**config, "quantization_config": description}
+
+
 def _open(
     root: Path,
     shards: list[str],
@@ -166,6 +202,12 @@ def _open(
                 f"{name}: named by the index but not in {root}; the download is incomplete."
             )
     headers = {name: read_header(str(root / name), name) for name in shards}
+    packed = [name for name, header in headers.items() if COMPRESSED in header.metadata]
+    if packed:
+        raise CheckpointError(
+            f"{packed[0]}: is compressed, and {COMPRESSION} is not beside it, which says how; "
+            "`streamq decompress` needs both."
+        )
     unmarked = [name for name, header in headers.items() if "format" not in header.metadata]
     if unmarked:
         oddities.append(f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it")

@@ -8,6 +8,7 @@ import click
 
 from streamq.errors import VerifyError
 
+from .compress import inspect_compressed, verify_compressed
 from .group import cli
 
 
@@ -29,8 +30,11 @@ def formats(as_json: bool) -> None:
 def inspect(src: str, as_json: bool) -> None:
     """Show what the checkpoint SRC is: tensors, dtypes, sizes, fused groups, oddities."""
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
+    from streamq.checkpoint import is_compressed, open_checkpoint
 
+    if is_compressed(src):
+        inspect_compressed(src, as_json)
+        return
     with open_checkpoint(src) as checkpoint:
         if as_json:
             click.echo(json.dumps(show.inspect_json(checkpoint), indent=2))
@@ -56,12 +60,17 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
     from contextlib import nullcontext
 
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
+    from streamq.checkpoint import is_compressed, open_checkpoint
     from streamq.converting import default_workers
     from streamq.progress import progress
     from streamq.recipe import load
     from streamq.verifying import verify as run
 
+    if is_compressed(dst):
+        if source:
+            raise click.UsageError(f"--source is for checkpoints, and {dst} is compressed.")
+        verify_compressed(dst, as_json, quiet)
+        return
     rows = load(recipe) if recipe else None
 
     with open_checkpoint(source) if source else nullcontext() as original:

@@ -60,7 +60,7 @@ def decode(stream: Buffer, index: Buffer, tile_bytes: int, *, workers: int | Non
     Raises CheckpointError, which names the tile, where stream or index are damaged as far as
     the format lets one see it: compressed tiles carry an XOR of their bytes, others nothing.
     """
-    flat, entries = _flat(stream), _entries(index)
+    flat, entries = _flat(stream), entries_of(index)
     if tile_bytes % TILE_STEP or not 0 < tile_bytes <= MAX_TILE:
         raise CheckpointError(_bad_tile(tile_bytes))
     sizes = [tile_bytes] * len(entries)
@@ -71,7 +71,7 @@ def decode(stream: Buffer, index: Buffer, tile_bytes: int, *, workers: int | Non
             sizes[-1] = TILE_STEP * int(flat[offset + 1]) if offset + 1 < len(flat) else 0
         if not 0 < sizes[-1] <= tile_bytes:
             raise CheckpointError(f"tile {len(entries) - 1} {REASONS[2]}")
-    return _decode(flat, entries, sizes, workers)
+    return decode_part(flat, entries, sizes, workers).tobytes()
 
 
 def encode_tiles_of(
@@ -85,7 +85,7 @@ def encode_tiles_of(
     """``encode`` for tiles of the given sizes; with "call" tiles of one size share a dictionary."""
     if mode not in PLANS or dictionary not in ("call", "tile"):
         raise PlanError(f"no codec {mode!r} with a dictionary per {dictionary!r}")
-    flat, plan = _flat(data), PLANS[mode]
+    flat = _flat(data)
     for size in {*sizes}:
         if size % TILE_STEP or not 0 < size <= MAX_TILE:
             raise PlanError(_bad_tile(size))
@@ -96,46 +96,70 @@ def encode_tiles_of(
     shared = None
     if dictionary == "call":
 
-        def count(first: int, stop: int) -> Array:
+        def counted(first: int, stop: int) -> Array:
             return count_tiles(flat, starts[first : stop + 1], kinds[first:stop], len(names))
 
-        shared = _ranked(sum(_over(count, starts, workers), np.zeros((len(names), 256), np.int64)))
+        counts = sum(_over(counted, starts, workers), np.zeros((len(names), 256), np.int64))
+        shared = dictionaries(counts)
 
     def portion(first: int, stop: int) -> tuple[memoryview, Array]:
-        here, which = starts[first : stop + 1], kinds[first:stop]
-        if shared is None:
-            which = np.arange(stop - first)
-        ranked = _ranked(count_tiles(flat, here, which, len(which))) if shared is None else shared
-        out = np.empty(here[-1] - here[0], np.uint8)
-        units = np.empty((stop - first, 2), np.int64)
-        used = encode_tiles(
-            flat, here, ranked, which, plan.mark, plan.codes, plan.run, plan.flush, plan.tails,
-            out, units,
-        )  # fmt: skip
-        return out[:used].data, units
+        return encode_part(flat, starts[first : stop + 1], mode, shared, kinds[first:stop])
 
     parts = _over(portion, starts, workers)
     units = np.concatenate([np.empty((0, 2), np.int64), *(u for _, u in parts)])
+    return b"".join(out for out, _ in parts), index_of(units)
+
+
+def encode_part(
+    flat: Array, starts: Array, mode: Mode, shared: Array | None, kinds: Array
+) -> tuple[memoryview, Array]:
+    """Code the tiles ``flat[starts[t]:starts[t + 1]]`` of a longer call.
+
+    ``flat``: u8, read-only. ``starts``: i64 ``[tiles + 1]``. ``shared``: the ``dictionaries`` of
+    the call, of which a tile has that of its ``kinds``, i64 ``[tiles]``; a dictionary by tile
+    where None. Returns the stream and i64 ``[tiles, 2]``, see ``index_of``.
+    """
+    plan = PLANS[mode]
+    if shared is None:
+        kinds = np.arange(len(starts) - 1)
+        shared = dictionaries(count_tiles(flat, starts, kinds, len(kinds)))
+    out = np.empty(starts[-1] - starts[0], np.uint8)
+    units = np.empty((len(starts) - 1, 2), np.int64)
+    used = encode_tiles(
+        flat, starts, shared, kinds, plan.mark, plan.codes, plan.run, plan.flush, plan.tails,
+        out, units,
+    )  # fmt: skip
+    return out[:used].data, units
+
+
+def index_of(units: Array) -> bytes:
+    """The index of a stream. ``units``: i64 ``[tiles, 2]``, length / 128 and whether compressed."""
     index = np.zeros((len(units), 2), "<u4")
     index[:, 0] = units[:, 0] | units[:, 1] * _COMPRESSED
     offsets = np.cumsum(units[:, 0]) - units[:, 0]
     if len(offsets) and offsets[-1] >= 1 << 32:
         raise PlanError("the index of the sparse codec cannot count beyond 512 GiB")
     index[:, 1] = offsets
-    return b"".join(out for out, _ in parts), index.tobytes()
+    return index.tobytes()
 
 
 def decode_tiles_of(
     stream: Buffer, index: Buffer, sizes: Sequence[int], *, workers: int | None = None
 ) -> bytes:
     """``decode`` for tiles of the given sizes, multiples of 512."""
-    flat, entries = _flat(stream), _entries(index)
+    flat, entries = _flat(stream), entries_of(index)
     if len(entries) != len(sizes):
         raise CheckpointError(f"the index has {len(entries)} tiles, expected {len(sizes)}")
-    return _decode(flat, entries, sizes, workers)
+    return decode_part(flat, entries, sizes, workers).tobytes()
 
 
-def _decode(flat: Array, entries: Array, sizes: Sequence[int], workers: int | None) -> bytes:
+def decode_part(
+    flat: Array, entries: Array, sizes: Sequence[int], workers: int | None = None
+) -> Array:
+    """The tiles of the given sizes, u8, from ``flat``, u8 and read-only.
+
+    ``entries``: as of ``entries_of``, with offsets in ``flat``. Raises CheckpointError on damage.
+    """
     starts = np.cumsum([0, *sizes], dtype=np.int64)
     tiles = np.array(sizes, np.int64)
     offsets, lengths, compressed = entries.T
@@ -153,11 +177,11 @@ def _decode(flat: Array, entries: Array, sizes: Sequence[int], workers: int | No
             raise CheckpointError(f"tile {first + tile} {REASONS[reason]}")
 
     _over(portion, starts, workers)
-    return out.tobytes()
+    return out
 
 
-def _ranked(counts: Array) -> Array:
-    """The bytes by rank, u8 ``[kinds, 256]``."""
+def dictionaries(counts: Array) -> Array:
+    """The bytes by rank, u8 ``[kinds, 256]``, from how often each is there, i64 alike."""
     ranked = np.empty(counts.shape, np.uint8)
     for kind in range(len(counts)):
         rank(counts[kind], ranked[kind])
@@ -188,8 +212,8 @@ def _flat(data: Buffer) -> Array:
     return flat
 
 
-def _entries(index: Buffer) -> Array:
-    """i64 ``[tiles, 3]``: offset, length, compressed."""
+def entries_of(index: Buffer) -> Array:
+    """What an index says, i64 ``[tiles, 3]``: offset and length in bytes, compressed or not."""
     raw = _flat(index)
     if len(raw) % 8:
         raise CheckpointError(f"an index has 8 bytes a tile, this one {len(raw)} bytes")

@@ -40,11 +40,10 @@ def encode(
     """
     if not 0 < tile_bytes <= MAX_TILE:
         raise PlanError(f"a tile has 1 to {MAX_TILE} bytes, not {tile_bytes}")
-    zstandard, view = _zstandard(), _view(data)
+    view = _view(data)
 
     def portion(starts: Iterable[int]) -> list[bytes]:
-        made = zstandard.ZstdCompressor(level=level, write_checksum=True)
-        return [made.compress(view[at : at + tile_bytes]) for at in starts]
+        return frames_of((view[at : at + tile_bytes] for at in starts), level)
 
     starts = range(0, len(view), tile_bytes)
     parts = [starts[i : i + _PORTION] for i in range(0, len(starts), _PORTION)]
@@ -52,6 +51,36 @@ def encode(
         frames = [frame for made in pool.map(portion, parts) for frame in made]
     ends = np.cumsum([len(frame) for frame in frames], dtype="<u8")
     return b"".join(frames), ends.tobytes()
+
+
+def frames_of(pieces: Iterable[Buffer], level: int = LEVEL) -> list[bytes]:
+    """A frame of each piece, with its size and its check sum. Raises PlanError as ``encode``."""
+    made = _zstandard().ZstdCompressor(level=level, write_checksum=True)
+    return [made.compress(piece) for piece in pieces]
+
+
+def bound_of(size: int) -> int:
+    """The most bytes that a frame of ``size`` bytes can have (``ZSTD_COMPRESSBOUND``)."""
+    return size + (size >> 8) + ((1 << 17) - size >> 11 if size < 1 << 17 else 0)
+
+
+def unframe(frame: Buffer, tile: int, size: int, *, short: bool = False) -> bytes:
+    """The ``size`` bytes that ``frames_of`` was given for ``tile``; with ``short`` perhaps fewer.
+
+    Raises CheckpointError, which names the tile, for anything else.
+    """
+    zstandard = _zstandard()
+    try:
+        # The size comes first: a frame is believed only what a tile can hold.
+        found: int = zstandard.frame_content_size(frame)
+        if found != size and not (short and 0 < found < size):
+            raise CheckpointError(f"tile {tile} has {found} bytes, expected {size}")
+        made: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CheckpointError(f"tile {tile} is no zstandard frame: {error}") from None
+    if len(made) != found:
+        raise CheckpointError(f"tile {tile} has {len(made)} bytes, its frame says {found}")
+    return made
 
 
 def decode(stream: Buffer, index: Buffer, tile_bytes: int, *, workers: int | None = None) -> bytes:
@@ -76,19 +105,7 @@ def decode_tile(stream: Buffer, index: Buffer, tile: int, tile_bytes: int) -> by
 
 
 def _tile(view: memoryview, ends: list[int], tile: int, tile_bytes: int, *, short: bool) -> bytes:
-    zstandard = _zstandard()
-    frame = view[ends[tile - 1] if tile else 0 : ends[tile]]
-    try:
-        # The size comes first: a frame is believed only what a tile can hold.
-        size = zstandard.frame_content_size(frame)
-        if size != tile_bytes and not (short and 0 < size < tile_bytes):
-            raise CheckpointError(f"tile {tile} has {size} bytes, expected {tile_bytes}")
-        made: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CheckpointError(f"tile {tile} is no zstandard frame: {error}") from None
-    if len(made) != size:
-        raise CheckpointError(f"tile {tile} has {len(made)} bytes, its frame says {size}")
-    return made
+    return unframe(view[ends[tile - 1] if tile else 0 : ends[tile]], tile, tile_bytes, short=short)
 
 
 def _ends(stream: Buffer, index: Buffer) -> list[int]:

@@ -9,6 +9,9 @@ from typing import Any
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.errors import CheckpointError
 from streamq.families import Family
+from streamq.formats import Ascend
+from streamq.formats.ascend import description_of
+from streamq.formats.ascend_readers import findings
 from streamq.recipe import Recipe
 from streamq.stored import look
 
@@ -34,11 +37,11 @@ def verify(
 
     Files: the checksums that streamq.json has of each. Structure: headers, index, total_size,
     names, dtypes and shapes against the config, finite non-zero scales, equal global scales
-    inside fused groups; compressed-tensors configs mean to every reader what is on disk. With the
-    source: where streamq.json tells how ``dst`` was made from it, it is converted again and every
-    byte compared. Of other outputs untouched tensors are equal byte for byte, and each weight is
-    within half a code step of its code (clipped ones aside); a quantized source counts with the
-    values of its codes.
+    inside fused groups; compressed-tensors configs mean to every reader what is on disk, and so do
+    Ascend's descriptions. With the source: where streamq.json tells how ``dst`` was made from it,
+    it is converted again and every byte compared. Of other outputs untouched tensors are equal
+    byte for byte, and each weight is within half a code step of its code (clipped ones aside); a
+    quantized source counts with the values of its codes.
     ``recipe``: the one it was made by, where that declares groups or layouts of experts.
     Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
     the report.
@@ -75,6 +78,9 @@ def verify(
         if found.format.name == "compressed-tensors" and not report.failures:
             schemes = schemes_on_disk(checkpoint, weights)
             report.failures += check_readers(checkpoint.config, family, schemes)
+        if isinstance(found.format, Ascend):
+            said = description_of(checkpoint.config)
+            report.failures += findings(said, checkpoint.tensors, family)
         if source is not None:
             plan = plan_of(record, source, report) if record else None
             if plan is not None and convert_again(
@@ -83,4 +89,5 @@ def verify(
                 return report
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
+    report.failures = list(dict.fromkeys(report.failures))  # one weight may be looked at twice
     return report

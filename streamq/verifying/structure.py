@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
 
 import numpy as np
 
 from streamq.checkpoint import Checkpoint, read_json
-from streamq.errors import StreamqError
+from streamq.errors import CheckpointError, StreamqError
 from streamq.families import Family
-from streamq.stored import Array, Found, Stored, read, stored_of, weights_of
+from streamq.stored import Array, Found, Stored, read, read_rows, slabs, stored_of, weights_of
 
 from .report import Report
 
@@ -49,7 +50,7 @@ def find_weights(checkpoint: Checkpoint, found: Found, report: Report) -> list[S
         scheme = found.scheme_of(module)
         if scheme is not None and tests.get(scheme, _never)(module) != "embedding":
             report.failures.append(
-                f"{t.name!r} is not quantized and config.json does not ignore it: "
+                f"{t.name!r} is not quantized and {found.format.told_in} does not ignore it: "
                 "loaders look for its scales"
             )
     return weights
@@ -83,6 +84,10 @@ def check_scales(
                 constant = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
                 if not 0 < constant < inf:
                     report.failures.append(f"{s.tensors[e.suffix].name!r} is {constant}")
+            if e.role == "offset" and read(checkpoint, s.tensors[e.suffix]).any():
+                report.failures.append(f"{s.tensors[e.suffix].name!r} is not zero")
+            if e.role == "row_sum":
+                report.failures += _unread(checkpoint, s)
             if e.role == "bias":
                 bias = read(checkpoint, s.tensors[e.suffix]).astype(np.float32)
                 if not np.isfinite(bias).all():
@@ -100,6 +105,15 @@ def check_scales(
                     f"{s.module!r} has {e.suffix} {g:g}, {first[0]!r} has {first[1]:g}, "
                     f"but loaders fuse them ({found[1].name})"
                 )
+
+
+def _unread(checkpoint: Checkpoint, s: Stored) -> Iterator[str]:
+    """Why a weight cannot be read, where that takes its codes to see."""
+    try:
+        for first, rows in slabs(s):
+            read_rows(checkpoint, s, first, rows)
+    except CheckpointError as e:
+        yield str(e)
 
 
 def _place(at: Array) -> str:

@@ -7,10 +7,11 @@ after it is there, so that a run goes on where another was interrupted.
 """
 
 from .destination import Destination, check_destination, free_bytes, same_disk
+from .growing import GrowingShard
 from .header import build_header, quoted
 from .shard import ShardWriter, Unit, joined
 
 __all__ = [
-    "Destination", "ShardWriter", "Unit", "build_header", "check_destination", "free_bytes",
-    "joined", "quoted", "same_disk",
+    "Destination", "GrowingShard", "ShardWriter", "Unit", "build_header", "check_destination",
+    "free_bytes", "joined", "quoted", "same_disk",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, Running, record_text
 
 from .disk import SyncPool, lock, naming, write_all
+from .growing import GrowingShard
 from .partial import Partial
 from .shard import COPY, ShardWriter, sha256_of
 
@@ -67,6 +68,10 @@ class Destination:
         return ShardWriter(
             self.output, name, header, size, self.sync, self.state.journal, known, self._sha256
         )
+
+    def growing(self, name: str, room: int, known: int) -> GrowingShard:
+        """Start a shard whose size is not known; see there."""
+        return GrowingShard(self.output, name, room, known, self.sync)
 
     def finished(self, name: str, size: int, units: set[str]) -> set[str]:
         """Which units of a shard are there from an earlier run; all, if it is complete."""

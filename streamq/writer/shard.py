@@ -102,7 +102,7 @@ class ShardWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if known is None else 0)
         with naming(self.name):
             self._fd = os.open(self._temporary, flags, 0o644)
-            _allocate(self._fd, size)
+            allocate(self._fd, size)
         if known is not None:
             self._sums.merge(known)
         self.put(0, header)
@@ -233,7 +233,7 @@ def sha256_of(fd: int) -> str:
     return found.hexdigest()
 
 
-def _allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> None:
     """Reserve the space: a full disk shows before any work, and pwrite runs at 10, not 6 GB/s."""
     if not size:
         return
