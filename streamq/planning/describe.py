@@ -41,7 +41,10 @@ def described(
     made = build(types, _group_size(modules), **more)
     if (wrong := next(findings(made, spelled, family), None)) is not None:
         raise PlanError(f"{wrong}; give those one scheme, or leave them with --ignore.")
-    return made.as_json(), list(warnings(made, spelled, family))
+    said = list(warnings(made, spelled, family))
+    if more.get("optional"):
+        said.append("files that optional of the description names are not copied")
+    return made.as_json(), said
 
 
 def _looked_up(types: Mapping[str, str], family: Family) -> Iterator[str]:

@@ -18,7 +18,7 @@ from streamq.stored import look
 from .elements import Progress, compare
 from .readers import check_readers, schemes_on_disk
 from .report import Report
-from .structure import check_index, check_scales, find_weights
+from .structure import check_index, check_scales, check_sums, find_weights
 
 __all__ = ["Report", "verify"]
 
@@ -77,5 +77,6 @@ def verify(
         if source is not None:
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
-    report.failures = list(dict.fromkeys(report.failures))  # one weight may be looked at twice
+        else:
+            check_sums(checkpoint, weights, workers, report)
     return report
