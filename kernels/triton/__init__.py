@@ -25,7 +25,8 @@ from streamq.errors import NonFiniteError
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
 
 from . import amax as _amax
-from . import fp8, integer, mx, nvfp4
+from . import dequantize as _dequantize
+from . import error, fp8, integer, mx, nvfp4
 
 NAME = "triton"
 
@@ -125,3 +126,57 @@ def quantize(
     if status is None:
         refuse(seen, x, out.scale)
     return replace(out, global_scale=outer if scheme.two_level else None)
+
+
+def dequantize(q: Quantized, scheme: Scheme, out: Any = None, *, packing: Packing = BYTES) -> Any:
+    """Values of codes, f32 ``[rows, cols]``; see ``streamq.kernels.reference.dequantize``.
+
+    ``out``: where to write, f32, or bf16 or f16 to which values are rounded; made where None,
+    which needs unpacked codes. ``packing``: how the codes lie.
+    """
+    if out is None:
+        out = torch.empty(q.codes.shape, dtype=torch.float32, device=q.codes.device)
+    _dequantize.dequantize(q, scheme, packing, out)
+    return out
+
+
+def energies(x: Any, q: Quantized, scheme: Scheme, packing: Packing, outer: Any) -> Any:
+    """Sums of squares of each row of ``x`` and of its error under ``q``, f64 ``[rows, 2]``.
+
+    ``q`` as ``quantize`` gave it for ``packing``.
+    """
+    if scheme.whole_tensor:
+        q = replace(q, scale=outer.reshape(-1, 1))
+    out = torch.empty((len(x), 2), dtype=torch.float64, device=x.device)
+    error.energies(x, q, scheme, packing, out)
+    return out
+
+
+def cast(x: Any, dtype: Any) -> tuple[Any, bool]:
+    """f32 ``x`` in a torch ``dtype``, and whether all of it is finite there, for which it waits."""
+    narrow = x.to(dtype)
+    return narrow, bool(torch.isfinite(narrow).all())
+
+
+def warm_up(
+    scheme: Scheme,
+    packing: Packing,
+    dtype: Any,
+    numerics: Numerics,
+    stats: bool = False,
+    *,
+    shape: tuple[int, int] = (128, 4096),
+    device: Any = "cuda",
+) -> None:
+    """Compile what ``quantize`` of weights of this ``shape`` runs, or load it from the cache.
+
+    With ``stats`` what ``energies`` runs as well. Tiles depend on the shape, so another number of
+    columns may compile once more.
+    """
+    x = torch.zeros(shape, dtype=dtype, device=device)
+    if scheme.needs_amax:
+        amax(x)
+    outer = torch.ones(len(x), device=device) if scheme.needs_amax else None
+    q = quantize(x, scheme, packing, numerics=numerics, outer=outer)
+    if stats:
+        energies(x, q, scheme, packing, outer)

@@ -58,7 +58,7 @@ def load(at, mask, KIND: tl.constexpr):
 def store(at, v, mask, KIND: tl.constexpr):
     """Round an f32 to bf16 or f16 and store its bits ``at`` pointers of int16, or as it is."""
     if KIND == BF16:
-        bits = bits_of(round_to(v, BF16)) >> 16
+        bits = tl.where(magnitude(v) > _INF, 0x7FC0, bits_of(round_to(v, BF16)) >> 16)
         tl.store(at, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
     elif KIND == F16:
         tl.store(at, v.to(tl.float16).to(tl.int16, bitcast=True), mask=mask)
@@ -123,6 +123,22 @@ def e2m1_code(q):
 def e4m3_value(code):
     """Value of a non-negative e4m3fn code, uint32."""
     return tl.where(code > 7, float_of((code + 960) << 20), code.to(tl.float32) * 0.001953125)
+
+
+@triton.jit
+def e4m3_signed_value(code):
+    """Value of an e4m3fn code with its sign in bit 7, uint32; 0x7F and 0xFF are NaN."""
+    m = code & 0x7F
+    value = tl.where(m == 0x7F, 0x7FC00000, bits_of(e4m3_value(m)))
+    return float_of(value | ((code & 0x80) << 24))
+
+
+@triton.jit
+def e2m1_value(code):
+    """Value of an e2m1 code with its sign in bit 3, uint32; the bits above do not count."""
+    m = code & 7
+    value = tl.where(m > 1, float_of((m << 22) + (126 << 23)), m.to(tl.float32) * 0.5)
+    return float_of(bits_of(value) | ((code & 8) << 28))
 
 
 @triton.jit
