@@ -1,6 +1,9 @@
 """The Triton kernels in Triton's interpreter: equal to the reference bit by bit."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from streamq.errors import NonFiniteError
 from streamq.schemes import ALL, BYTES, SCHEMES, Packing, Quantized, Scheme
 
 pytestmark = needs_triton
+
+BENCH = Path(__file__).parent.parent / "bench" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +336,13 @@ def test_what_it_does_not_support_is_said(run):
         "floats": Scheme("", "bf16", 16, (1, ALL)),
     }
     assert [name for name, scheme in others.items() if run.supports(scheme)] == []
+
+
+def test_the_benchmark_says_in_one_sentence_that_there_is_no_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = subprocess.run([sys.executable, BENCH], capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert out.stderr == "bench/gpu.py measures on a GPU, and torch finds none here.\n"
