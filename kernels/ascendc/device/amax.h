@@ -1,0 +1,88 @@
+// Largest magnitudes: of a unit of any size, and the kernel that gives one of each row.
+#pragma once
+
+#include "tile.h"
+
+namespace streamq {
+
+// Largest magnitude of units of a matrix, tile by tile.
+template <typename T>
+class Amax {
+public:
+    __aicore__ inline void Init(TPipe& pipe, GM_ADDR x, Shape shape)
+    {
+        shape_ = shape;
+        source.Init(pipe, x, shape.rows, shape.cols);
+        pipe.InitBuffer(magnitude_, TILE * sizeof(float));
+        pipe.InitBuffer(most_, TILE * sizeof(float));
+        pipe.InitBuffer(part_, LANES * sizeof(float));
+        pipe.InitBuffer(top_, BLOCK);
+    }
+
+    // Calls `visit(x, row, col, h, w)` for each tile of a unit, x in f32; see Source::Load.
+    template <typename F>
+    __aicore__ inline void Each(uint64_t unit, F visit)
+    {
+        uint64_t row = unit / shape_.Across() * shape_.height;
+        uint64_t col = unit % shape_.Across() * shape_.width;
+        uint64_t rows = Least(shape_.height, shape_.rows - row);
+        uint64_t cols = Least(shape_.width, shape_.cols - col);
+        uint32_t h = rows > 1 ? TILE / PITCH : 1;
+        uint32_t w = rows > 1 ? PITCH : TILE;
+        for (uint64_t r = 0; r < rows; r += h) {
+            for (uint64_t c = 0; c < cols; c += w) {
+                uint32_t height = Least<uint64_t>(h, rows - r), width = Least<uint64_t>(w, cols - c);
+                visit(source.Load(row + r, col + c, height, width), row + r, col + c, height, width);
+                source.Free();
+            }
+        }
+    }
+
+    // Element 0 of what is returned; the other 7 are 0.
+    __aicore__ inline LocalTensor<float> Of(uint64_t unit)
+    {
+        LocalTensor<float> magnitude = magnitude_.Get<float>(), most = most_.Get<float>();
+        LocalTensor<float> part = part_.Get<float>(), top = top_.Get<float>();
+        Then();
+        Duplicate(most, 0.0f, TILE);
+        Duplicate(top, 0.0f, BLOCK / sizeof(float));
+        Then();
+        Each(unit, [&](LocalTensor<float> x, uint64_t, uint64_t, uint32_t h, uint32_t w) {
+            uint32_t n = h > 1 ? h * PITCH : w;
+            Abs(magnitude, x, n);
+            Then();
+            Max(most, most, magnitude, n);
+            Then();
+        });
+        ReduceRepeat<ReduceType::MAX>(part, most, LANES, TILE / LANES, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
+        Then();
+        ReduceRepeat<ReduceType::MAX>(top, part, LANES, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
+        Then();
+        return top;
+    }
+
+    Source<T> source;
+
+private:
+    Shape shape_;
+    TBuf<TPosition::VECCALC> magnitude_, most_, part_, top_;
+};
+
+// x [rows, cols] -> out f32 [rows].
+template <typename T>
+__global__ __vector__ void RowAmax(GM_ADDR x, GM_ADDR out, uint64_t rows, uint64_t cols)
+{
+    TPipe pipe;
+    Amax<T> amax;
+    Sink<float> sink;
+    amax.Init(pipe, x, Shape{rows, cols, 1, cols});
+    sink.Init(pipe, out, rows, 1, BLOCK / sizeof(float));
+    for (Share s(rows); s.first < s.last; ++s.first) {
+        LocalTensor<float> top = amax.Of(s.first);
+        LocalTensor<float> tile = sink.Begin();
+        DataCopy(tile, top, BLOCK / sizeof(float));
+        sink.End(tile, s.first, 0, 1, 1);
+    }
+}
+
+}  // namespace streamq
