@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from streamq.schemes import ALL, Numerics, Scheme
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_float
+_SIGNED = ctypes.c_int32
+#: Dtype, levels, what scales are stored in, what quotients are rounded to, the scale of zeros.
+_RULE = [_INT, _FLOAT, _INT, _INT, _SIGNED]
 #: Blocks, the stream, and pointers to the source and the result.
 _HEAD = [_INT, _POINTER, _POINTER, _POINTER]
 #: What each launcher in ``kernels.asc`` takes; all return 0.
@@ -17,11 +20,9 @@ SIGNATURES: dict[str, list[type]] = {
     "streamq_to_nz": [*_HEAD, _LONG, _LONG],
     "streamq_keep_largest": [*_HEAD, _LONG, _LONG, _INT, _INT],
     "streamq_amax": [*_HEAD, _LONG, _LONG, _INT],
-    "streamq_int_units": [*_HEAD, _POINTER, _LONG, _LONG, _INT, _FLOAT, _INT, _INT, _FLOAT,
-                          ctypes.c_int32, ctypes.c_int32],
-    "streamq_int_groups": [*_HEAD, _POINTER, _LONG, _INT, _INT, _FLOAT, _INT, _INT, _FLOAT,
-                           ctypes.c_int32, ctypes.c_int32],
-    "streamq_fp8_units": [*_HEAD, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT],
+    "streamq_int_units": [*_HEAD, _POINTER, _LONG, _LONG, *_RULE, _SIGNED, _SIGNED],
+    "streamq_int_groups": [*_HEAD, _POINTER, _LONG, _INT, *_RULE, _SIGNED, _SIGNED],
+    "streamq_fp8_units": [*_HEAD, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _INT, _SIGNED],
     "streamq_fp8_given": [*_HEAD, _POINTER, _LONG, _LONG, _INT, _INT],
     "streamq_mx": [*_HEAD, _POINTER, _LONG, _INT],
 }  # fmt: skip
@@ -69,9 +70,11 @@ LONGEST_ROW = 96 * 1024
 #: The tiles that ``histogram`` takes: multiples of 512 bytes up to this.
 LONGEST_TILE = 65_024
 
-#: Dtypes as the launchers count them, and the smallest step from 1 of each.
+#: Dtypes as the launchers count them.
 DTYPES = {"bf16": 0, "f16": 1, "f32": 2}
-_EPS = {"bf16": 2.0**-7, "f16": 2.0**-10, "f32": 2.0**-23}
+#: The scale of zeros, as the bits of an f32: the smallest step from 1 of a dtype, and 1.
+_EPS = {"bf16": (127 - 7) << 23, "f16": (127 - 10) << 23, "f32": (127 - 23) << 23}
+_ONE = 127 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ def call_of(scheme: Scheme, rows: int, cols: int, dtype: str, numerics: Numerics
     if function == "streamq_fp8_given":
         return Call(function, (rows, cols, kind, quotient), (rows, 1))
     if function == "streamq_fp8_units":
-        substitute = _EPS[stored] if numerics == "weight" else 1.0
+        substitute = _EPS[stored] if numerics == "weight" else _ONE
         sizes = (rows, cols, height, width)
         return Call(function, (*sizes, kind, DTYPES[stored], quotient, substitute), scales)
     # Groups lie one behind the other: to the kernels they are rows of their own.

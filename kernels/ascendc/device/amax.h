@@ -19,25 +19,6 @@ public:
         pipe.InitBuffer(top_, BLOCK);
     }
 
-    // Calls `visit(x, row, col, h, w)` for each tile of a unit, x in f32; see Source::Load.
-    template <typename F>
-    __aicore__ inline void Each(uint64_t unit, F visit)
-    {
-        uint64_t row = unit / shape_.Across() * shape_.height;
-        uint64_t col = unit % shape_.Across() * shape_.width;
-        uint64_t rows = Least(shape_.height, shape_.rows - row);
-        uint64_t cols = Least(shape_.width, shape_.cols - col);
-        uint32_t h = rows > 1 ? TILE / PITCH : 1;
-        uint32_t w = rows > 1 ? PITCH : TILE;
-        for (uint64_t r = 0; r < rows; r += h) {
-            for (uint64_t c = 0; c < cols; c += w) {
-                uint32_t height = Least<uint64_t>(h, rows - r), width = Least<uint64_t>(w, cols - c);
-                visit(source.Load(row + r, col + c, height, width), row + r, col + c, height, width);
-                source.Free();
-            }
-        }
-    }
-
     // Element 0 of what is returned; the other 7 are 0.
     __aicore__ inline LocalTensor<float> Of(uint64_t unit)
     {
@@ -47,13 +28,14 @@ public:
         Duplicate(most, 0.0f, TILE);
         Duplicate(top, 0.0f, BLOCK / sizeof(float));
         Then();
-        Each(unit, [&](LocalTensor<float> x, uint64_t, uint64_t, uint32_t h, uint32_t w) {
-            uint32_t n = h > 1 ? h * PITCH : w;
-            Abs(magnitude, x, n);
+        for (Tiles t(shape_, unit); t.More(); t.Next()) {
+            LocalTensor<float> x = source.Load(t.row, t.col, t.h, t.w);
+            Abs(magnitude, x, t.Size());
             Then();
-            Max(most, most, magnitude, n);
+            source.Free();
+            Max(most, most, magnitude, t.Size());
             Then();
-        });
+        }
         ReduceRepeat<ReduceType::MAX>(part, most, LANES, TILE / LANES, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
         Then();
         ReduceRepeat<ReduceType::MAX>(top, part, LANES, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);

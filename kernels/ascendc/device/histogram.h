@@ -12,8 +12,8 @@ constexpr uint32_t SUMS = 16;     // partial sums of a bin, one a repeat: 32 byt
 
 // x u8 [tiles, size] -> counts f32 [tiles, 256], whole numbers. `size`: a multiple of 512, at most
 // 65,024. There is no histogram instruction for bytes before dav-3510: each of the 256 values is
-// compared with each byte, as halves, of which 128 are a repeat. min(|x - value|, 1) is 0 where
-// they are equal; no step of it can round.
+// compared with each byte, as halves, of which 128 are a repeat: min(|x|, 1) is 0 where they are
+// equal, then 1 is taken from all. No step of it can round.
 __global__ __vector__ void Histogram(GM_ADDR x, GM_ADDR counts, uint64_t tiles, uint32_t size)
 {
     TPipe pipe;
@@ -48,10 +48,9 @@ __global__ __vector__ void Histogram(GM_ADDR x, GM_ADDR counts, uint64_t tiles, 
             Then();
             in.FreeTensor(raw);
             for (uint32_t value = 0; value < BINS; ++value) {
-                Adds(differ, bytes, static_cast<half>(-static_cast<float>(value)), n);
+                Abs(differ, bytes, n);
                 Then();
-                Abs(differ, differ, n);
-                Then();
+                Adds(bytes, bytes, static_cast<half>(-1.0f), n);
                 Mins(differ, differ, static_cast<half>(1.0f), n);
                 Then();
                 ReduceRepeat<ReduceType::SUM>(sums[value * SUMS], differ, HALVES, repeats, 1, 1, 8);

@@ -33,7 +33,8 @@ __global__ __vector__ void ToNz(GM_ADDR x, GM_ADDR out, uint64_t rows, uint64_t 
         uint32_t w = Least<uint64_t>(m * BLOCK, bytes - first * BLOCK);
         LocalTensor<uint8_t> tile = queue.AllocTensor<uint8_t>();
 #if STREAMQ_ARCH == 2002
-        DataCopy(tile, from[row * bytes + first * BLOCK], {h, m, static_cast<uint16_t>((bytes - w) / BLOCK), 0});
+        DataCopyParams copy{h, m, static_cast<uint16_t>((bytes - w) / BLOCK), 0};
+        DataCopy(tile, from[row * bytes + first * BLOCK], copy);
 #else
         DataCopyExtParams copy{h, w, static_cast<uint32_t>(bytes - w), 0, 0};
         DataCopyPadExtParams<uint8_t> zeros{true, 0, static_cast<uint8_t>(m * BLOCK - w), 0};
@@ -44,7 +45,7 @@ __global__ __vector__ void ToNz(GM_ADDR x, GM_ADDR out, uint64_t rows, uint64_t 
         uint32_t empty = row + h == rows ? (lines - rows) * BLOCK : 0;
         for (uint16_t f = 0; f < m; ++f) {
             uint64_t at = (first + f) * lines;
-            DataCopy(to[(at + row) * BLOCK], tile[f * BLOCK], {h, 1, static_cast<uint16_t>(m - 1), 0});
+            DataCopy(to[(at + row) * BLOCK], tile[f * BLOCK], DataCopyParams{h, 1, static_cast<uint16_t>(m - 1), 0});
             if (empty > 0) {
                 DataCopy(to[(at + rows) * BLOCK], zero, empty);
             }

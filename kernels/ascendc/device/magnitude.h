@@ -73,7 +73,8 @@ public:
             Mul(out, x_[at], keep_it, n);
             out_.EnQue(out);
             out = out_.template DeQue<I>();
-            DataCopyPad(to[row * cols_ + at], out, {1, static_cast<uint32_t>(n * sizeof(I)), 0, 0, 0});
+            DataCopyExtParams back{1, static_cast<uint32_t>(n * sizeof(I)), 0, 0, 0};
+            DataCopyPad(to[row * cols_ + at], out, back);
             out_.FreeTensor(out);
             Then();
         }

@@ -53,13 +53,14 @@ __global__ __vector__ void QuantizeUnits(
         Then();
         Duplicate(divisor, value, TILE);
         Then();
-        amax.Each(s.first, [&](LocalTensor<float> w, uint64_t row, uint64_t col, uint32_t h, uint32_t width) {
-            uint32_t n = h > 1 ? h * PITCH : width;
-            Divide(quotient, w, divisor, n);
+        for (Tiles t(shape, s.first); t.More(); t.Next()) {
+            LocalTensor<float> w = amax.source.Load(t.row, t.col, t.h, t.w);
+            Divide(quotient, w, divisor, t.Size());
+            amax.source.Free();
             LocalTensor<typename Codes::Out> out = bytes.Begin();
-            coder.Make(out, quotient, n);
-            bytes.End(out, row, col, h, width);
-        });
+            coder.Make(out, quotient, t.Size());
+            bytes.End(out, t.row, t.col, t.h, t.w);
+        }
     }
 }
 
@@ -116,7 +117,8 @@ __global__ __vector__ void QuantizeGroups(
         scales.End(out, s.first, 0, 1, groups);
         for (uint32_t at = 0; at < group; at += 8) {
             // Eight elements of every group from its scale, eight groups a repeat.
-            Brcb(divisor[at], top, eights / 8, {static_cast<uint16_t>(group / 8), static_cast<uint16_t>(group)});
+            BrcbRepeatParams strides{static_cast<uint16_t>(group / 8), static_cast<uint16_t>(group)};
+            Brcb(divisor[at], top, eights / 8, strides);
         }
         Then();
         Divide(work, w, divisor, n);

@@ -9,7 +9,7 @@ struct ScaleArgs {
     float levels;        // the code that the largest magnitude lands on
     uint32_t stored;     // BF16, F16 or F32: the dtype that it is rounded to
     uint32_t quotient;   // what a quotient is rounded to before its code
-    float substitute;    // instead of a scale of 0; at least the least normal number
+    int32_t substitute;  // instead of a scale of 0: the bits of a positive f32
 };
 
 // x [n] is rounded to bf16 or f16 and comes back as f32. `narrow`: room for n elements of 2 bytes.
@@ -66,13 +66,11 @@ public:
         RoundTo(top, narrow_.Get<int16_t>(), args_.stored, n);
         // By its bits, as a compare has to have 256 bytes: substitute * (1 - min(bits, 1)).
         LocalTensor<int32_t> zero = zero_.Get<int32_t>(), bits = top.ReinterpretCast<int32_t>();
-        int32_t substitute;
-        *reinterpret_cast<float*>(&substitute) = args_.substitute;
         Mins(zero, bits, 1, n);
         Then();
-        Muls(zero, zero, -substitute, n);
+        Muls(zero, zero, -args_.substitute, n);
         Then();
-        Adds(zero, zero, substitute, n);
+        Adds(zero, zero, args_.substitute, n);
         Then();
         Add(bits, bits, zero, n);
         Then();

@@ -58,20 +58,62 @@ struct Share {
     }
 };
 
-// A matrix [rows, cols], cut into units of [height, width] that share a scale; the last ragged.
+// A matrix [rows, cols], cut into units of [height, width] that share a scale; the last ragged. A
+// unit is a row or a part of one, or it is at most PITCH columns wide.
 struct Shape {
     uint64_t rows, cols, height, width;
     __aicore__ inline uint64_t Across() const { return (cols + width - 1) / width; }
     __aicore__ inline uint64_t Units() const { return (rows + height - 1) / height * Across(); }
 };
 
+// The tiles of a unit: `h` rows of `w` columns from `row` and `col` on, while More().
+class Tiles {
+public:
+    __aicore__ inline Tiles(const Shape& shape, uint64_t unit)
+    {
+        row = unit / shape.Across() * shape.height;
+        left_ = col = unit % shape.Across() * shape.width;
+        bottom_ = Least(row + shape.height, shape.rows);
+        right_ = Least(col + shape.width, shape.cols);
+        tall_ = bottom_ - row > 1;
+        Cut();
+    }
+    __aicore__ inline bool More() const { return row < bottom_; }
+    __aicore__ inline void Next()
+    {
+        col += w;
+        if (col >= right_) {
+            col = left_;
+            row += h;
+        }
+        Cut();
+    }
+    // Elements from the first to the last in the Unified Buffer.
+    __aicore__ inline uint32_t Size() const { return h > 1 ? h * PITCH : w; }
+
+    uint64_t row, col;
+    uint32_t h, w;
+
+private:
+    __aicore__ inline void Cut()
+    {
+        h = tall_ ? Least<uint64_t>(TILE / PITCH, bottom_ - row) : 1;
+        w = Least<uint64_t>(tall_ ? PITCH : TILE, right_ - col);
+    }
+    uint64_t left_, right_, bottom_;
+    bool tall_;
+};
+
 // Tiles of a matrix of weights. T: bfloat16_t, half or float.
 template <typename T>
 class Source {
 public:
+    // Moved as integers, so that no number of type T is needed as a scalar.
+    using Bits = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+
     __aicore__ inline void Init(TPipe& pipe, GM_ADDR x, uint64_t rows, uint64_t cols)
     {
-        gm_.SetGlobalBuffer((__gm__ T*)x, rows * cols);
+        gm_.SetGlobalBuffer((__gm__ Bits*)x, rows * cols);
         cols_ = cols;
         pipe.InitBuffer(queue_, 2, TILE * sizeof(T));
         if constexpr (!std::is_same<T, float>::value) {
@@ -83,29 +125,29 @@ public:
     // PITCH columns, lie PITCH elements apart, and what lies between is 0.
     __aicore__ inline LocalTensor<float> Load(uint64_t row, uint64_t col, uint32_t h, uint32_t w)
     {
-        raw_ = queue_.AllocTensor<T>();
+        raw_ = queue_.template AllocTensor<Bits>();
         uint32_t bytes = w * sizeof(T), filled = RoundUp(bytes, BLOCK), gap = 0;
         if (h > 1) {
             gap = (PITCH * sizeof(T) - filled) / BLOCK;
             if (gap > 0) {
-                Duplicate(raw_, static_cast<T>(0.0f), h * PITCH);
+                Duplicate(raw_, Bits(0), h * PITCH);
                 Sync<HardEvent::V_MTE2>();
             }
         }
         uint8_t pad = (filled - bytes) / sizeof(T);
         uint32_t skip = h > 1 ? (cols_ - w) * sizeof(T) : 0;
         DataCopyExtParams copy{static_cast<uint16_t>(h), bytes, skip, gap, 0};
-        DataCopyPadExtParams<T> zeros{true, 0, pad, static_cast<T>(0.0f)};
+        DataCopyPadExtParams<Bits> zeros{true, 0, pad, Bits(0)};
         DataCopyPad(raw_, gm_[row * cols_ + col], copy, zeros);
         queue_.EnQue(raw_);
-        raw_ = queue_.template DeQue<T>();
+        raw_ = queue_.template DeQue<Bits>();
         uint32_t n = h > 1 ? h * PITCH : w;
         if constexpr (std::is_same<T, float>::value) {
-            return raw_;
+            return raw_.template ReinterpretCast<float>();
         } else {
             LocalTensor<float> x = wide_.Get<float>();
             Then();  // the tile before this one is still being read
-            Cast(x, raw_, RoundMode::CAST_NONE, n);
+            Cast(x, raw_.template ReinterpretCast<T>(), RoundMode::CAST_NONE, n);
             Then();
             return x;
         }
@@ -115,10 +157,10 @@ public:
     __aicore__ inline void Free() { queue_.FreeTensor(raw_); }
 
 private:
-    GlobalTensor<T> gm_;
+    GlobalTensor<Bits> gm_;
     TQue<TPosition::VECIN, 1> queue_;
     TBuf<TPosition::VECCALC> wide_;
-    LocalTensor<T> raw_;
+    LocalTensor<Bits> raw_;
     uint64_t cols_;
 };
 
