@@ -29,7 +29,9 @@ Tensor = Any
 def supports(scheme: Scheme, chip: Chip | None = None, numerics: Numerics = "f32") -> bool:
     """Whether there are kernels for ``scheme`` on ``chip``, or on any where None."""
     function = function_of(scheme, numerics)
-    return function is not None and any(function in c.functions for c in ([chip] if chip else CHIPS))
+    return function is not None and any(
+        function in c.functions for c in ([chip] if chip else CHIPS)
+    )
 
 
 def amax(x: Tensor) -> Tensor:

@@ -171,3 +171,15 @@ extern "C" void shim_memory(uint8_t* data, uint64_t size, int known)
 }
 
 extern "C" void shim_clear() { shim::global.clear(); }
+
+// Bytes that are still poison.
+extern "C" uint64_t shim_unwritten()
+{
+    uint64_t n = 0;
+    for (const shim::Memory& m : shim::global) {
+        for (const shim::Byte& b : m.bytes) {
+            n += !b.known;
+        }
+    }
+    return n;
+}

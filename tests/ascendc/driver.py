@@ -1,7 +1,8 @@
 """Runs kernels of a library that was built against the shim, in a process that they may abort.
 
-``python driver.py LIBRARY``: reads pickled calls from stdin, ``(function, blocks, arrays, arguments)``
-with arrays as ``(bytes, known)``, and answers each with the bytes of the arrays afterwards.
+``python driver.py LIBRARY``: reads pickled calls from stdin, ``(function, blocks, arrays, argument
+types, arguments)`` with arrays as ``(bytes, known)``, and answers each with what the launcher
+returned, how many bytes nobody wrote, and the bytes of the arrays afterwards.
 """
 
 import ctypes
@@ -10,24 +11,25 @@ import sys
 
 
 def main(path):
+    """Serve calls until stdin ends."""
     library = ctypes.CDLL(path)
     library.shim_memory.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int]
+    library.shim_unwritten.restype = ctypes.c_uint64
     while True:
         try:
-            function, blocks, arrays, signature, arguments = pickle.load(sys.stdin.buffer)
+            function, blocks, arrays, types, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         library.shim_clear()
         buffers = []
         for content, known in arrays:
-            buffer = ctypes.create_string_buffer(content, len(content))
-            library.shim_memory(buffer, len(content), known)
-            buffers.append(buffer)
+            buffers.append(ctypes.create_string_buffer(content, len(content)))
+            library.shim_memory(buffers[-1], len(content), known)
         launcher = getattr(library, function)
-        launcher.argtypes = signature
-        pointers = [ctypes.addressof(b) for b in buffers]
-        code = launcher(blocks, None, *pointers, *arguments)
-        pickle.dump((code, [b.raw for b in buffers]), sys.stdout.buffer)
+        launcher.argtypes = types
+        code = launcher(blocks, None, *map(ctypes.addressof, buffers), *arguments)
+        answer = code, library.shim_unwritten(), [b.raw for b in buffers]
+        pickle.dump(answer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 
