@@ -41,7 +41,8 @@ peer-%:
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py \
+	    tests/test_ascendc.py tests/test_ascendc_checks.py
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.
 # no-deps.txt names what asks for newer packages than it needs.

@@ -23,33 +23,42 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def compiled(source, out, arch, *, kernels=KERNELS, optimize="-O1", shared=True):
-    """``source`` and the shim, by g++, to ``out``."""
-    subprocess.run(
-        ["g++", "-std=c++17", optimize, "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
-         "-ffp-contract=off", "-fPIC", f"-D__NPU_ARCH__={arch}", f"-DSTREAMQ_ARCH={arch}",
-         f"-I{HERE}", f"-I{kernels}", *(["-shared"] if shared else []),
-         str(HERE / source), str(HERE / "core.cpp"), "-o", str(out)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC",
+          "-ffp-contract=off"]  # fmt: skip
+
+
+def compiled(source, out, arch, *more, kernels=KERNELS):
+    """``source``, with the kernels in reach, by g++ to ``out``."""
+    defines = [f"-D__NPU_ARCH__={arch}", f"-DSTREAMQ_ARCH={arch}", f"-I{HERE}", f"-I{kernels}"]
+    command = ["g++", *_FLAGS, *defines, *more, str(HERE / source), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
     return out
 
 
-def library(arch):
-    """The kernels as they are for an architecture; compiled once for all test processes."""
+def kept(source, suffix, arch, *more):
+    """The same, kept for all processes and runs of the tests until a source changes."""
     digest = hashlib.sha256()
-    for path in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.rglob("*.h"),
-                        KERNELS / "kernels.asc"]):  # fmt: skip
+    for path in sorted([*HERE.glob("*"), *KERNELS.rglob("*.h"), KERNELS / "kernels.asc"]):
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"streamq-shim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    out = folder / f"{arch}-{digest.hexdigest()[:16]}.so"
+    stem = f"{source}-{arch}-"
+    out = folder / f"{stem}{digest.hexdigest()[:16]}{suffix}"
     if not out.exists():
-        for old in folder.glob(f"{arch}-*.so"):
+        for old in folder.glob(f"{stem}*{suffix}"):
             old.unlink(missing_ok=True)
-        part = out.with_suffix(f".{os.getpid()}")
-        compiled("kernels.cpp", part, arch).replace(out)
+        compiled(source, folder / f"{os.getpid()}{suffix}", arch, *more).replace(out)
     return out
+
+
+def shim(arch):
+    """The part of the shim that no kernel has to be compiled with."""
+    return str(kept("core.cpp", ".o", arch, "-O1", "-c"))
+
+
+def library(arch):
+    """The kernels as they are for an architecture."""
+    return kept("kernels.cpp", ".so", arch, "-O1", "-shared", shim(arch))
 
 
 class Aborted(Exception):
@@ -61,7 +70,7 @@ class Kernels:
 
     def __init__(self, path):
         self.path = path
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self.child = None
 
     def __enter__(self):

@@ -165,7 +165,7 @@ def test_nz_is_that_of_the_cpu(kernels, arch, shape, blocks):
             continue
         x = rng.integers(0, 256, shape, dtype="u1").view(dtype)
         want = to_nz(x)
-        out = want.shape[:3] + (32,), np.uint8
+        out = (*want.shape[:3], 32), np.uint8
         (got,) = kernels[arch].run("streamq_to_nz", shape, x, out, blocks=blocks)
         assert got.tobytes() == want.tobytes()
     x = rng.integers(0, 256, shape, dtype="u1")
@@ -245,7 +245,8 @@ def test_what_kernels_do_not_do_is_not_supported():
 @pytest.mark.parametrize(
     ("name", "arch"),
     [("Ascend310P3", 2002), ("Ascend910B2C", 2201), ("Ascend910B4-1", 2201),
-     ("Ascend910_9391", 2201), ("Ascend950PR_9599", 3510), ("Ascend910A", None), ("Ascend310", None)],
+     ("Ascend910_9391", 2201), ("Ascend950PR_9599", 3510), ("Ascend910A", None),
+     ("Ascend310", None)],
 )  # fmt: skip
 def test_chips_by_their_names(name, arch):
     chip = chips.chip_of(name)
@@ -301,6 +302,5 @@ def test_build_says_what_it_cannot(monkeypatch, capsys, arguments, code, message
 
 def test_the_library_has_every_launcher_that_the_table_names():
     text = (build.FOLDER / "kernels.asc").read_text()
-    assert {f"streamq_{w.split('(')[0]}" for w in text.split("int32_t streamq_")[1:]} == set(
-        chips.SIGNATURES
-    )
+    names = {f"streamq_{part.split('(')[0]}" for part in text.split("int32_t streamq_")[1:]}
+    assert names == set(chips.SIGNATURES)

@@ -16,8 +16,8 @@ from .chips import CHIPS, DTYPES, LONGEST_ROW, LONGEST_TILE, Call, Chip, call_of
 from .loader import Device, DeviceError, library_path, open_device
 
 __all__ = [
-    "CHIPS", "NAME", "Chip", "Device", "DeviceError", "amax", "histogram", "keep_largest", "library_path",
-    "open_device", "quantize", "supports", "to_nz",
+    "CHIPS", "NAME", "Chip", "Device", "DeviceError", "amax", "histogram", "keep_largest",
+    "library_path", "open_device", "quantize", "supports", "to_nz",
 ]  # fmt: skip
 
 NAME = "ascendc"
@@ -100,7 +100,8 @@ def to_nz(x: Tensor) -> Tensor:
     device = open_device()
     if not device.chip.ragged and x.shape[1] % 32:
         raise DeviceError(
-            f"{device.chip.name} lays out rows of multiples of 32 bytes, not of {x.shape[1]}: pad them."
+            f"{device.chip.name} lays out rows of multiples of 32 bytes, not of {x.shape[1]}: "
+            "pad them."
         )
     x = x.contiguous()
     rows, width = x.shape
@@ -141,8 +142,8 @@ def keep_largest(x: Tensor, keep: int) -> Tensor:
         raise DeviceError(f"a row of {cols} elements keeps 1 to {cols} of them, not {keep}")
     if cols * x.element_size() > LONGEST_ROW:
         raise DeviceError(
-            f"a row has {cols * x.element_size()} bytes, and {LONGEST_ROW} is the most that is pruned "
-            "on an NPU; the CPU has no limit."
+            f"a row has {cols * x.element_size()} bytes, and {LONGEST_ROW} is the most that is "
+            "pruned on an NPU; the CPU has no limit."
         )
     _refuse_non_finite(device, "weight", x)
     out = device.torch.empty_like(x)
@@ -156,7 +157,7 @@ def _weight(device: Device, x: Tensor, function: str | None) -> Tensor:
     """``x`` as kernels take it. Raises DeviceError for what they do not."""
     if function not in device.chip.functions:
         raise DeviceError(f"{device.chip.name} does not run {function}; the CPU does the same.")
-    if x.ndim != 2 or x.device.type != "npu":
+    if x.ndim != 2 or x.device.type != device.type:
         raise DeviceError(f"kernels take a matrix on an NPU, not {x.ndim} axes on {x.device}")
     _dtype(device, x)
     return x.contiguous()

@@ -1,4 +1,4 @@
-"""The library of kernels and the device that it runs on, or a sentence that says what is missing."""
+"""The library of kernels and its device, or a sentence that says what is missing."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Device:
     torch: Any
     library: ctypes.CDLL
     blocks: int
+    type: str = "npu"  # as tensors of it say
 
     def run(self, call: Call, *tensors: Any) -> None:
         """Run a launcher on contiguous tensors of the NPU, and wait for it.
