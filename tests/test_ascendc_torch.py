@@ -1,13 +1,14 @@
-"""The NPU backend on torch tensors: those of a CPU here, with the kernels of the shim."""
+"""The NPU backend on torch tensors: those of the CPU with the kernels of the shim, and an NPU's."""
 
 import ctypes
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from ascendc_shim import library, needs_compiler, pruned
 from streamq.kernels import ascendc, reference
-from streamq.kernels.ascendc import chips, loader
+from streamq.kernels.ascendc import build, chips, loader
 from streamq.kernels.golden import CASES, DTYPES, NUMERICS, make, outer_of
 
 from streamq.errors import NonFiniteError
@@ -31,8 +32,16 @@ class OnHost(loader.Device):
         assert launcher(self.blocks, None, *pointers, *call.arguments) == 0
 
 
-@pytest.fixture(params=[c.name for c in chips.CHIPS if c.name != "Atlas A3 (910_93)"])  # as A2
+NPU = "the NPU of this machine"
+
+
+@pytest.fixture(params=["Atlas inference (310P)", "Atlas A2 (910B)", "Ascend 950", NPU])
 def chip(request, monkeypatch):
+    if request.param == NPU:
+        try:
+            return ascendc.open_device().chip
+        except ascendc.DeviceError as error:
+            pytest.skip(str(error))
     chip = next(c for c in chips.CHIPS if c.name == request.param)
     lib = ctypes.CDLL(str(library(chip.arch)))
     loader.bind(lib, chip.functions)
@@ -43,12 +52,23 @@ def chip(request, monkeypatch):
 
 def tensor(x):
     if x.dtype == np.dtype(DTYPES["bf16"]):
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
+        return there(torch.from_numpy(x.view(np.int16)).view(torch.bfloat16))
+    return there(torch.from_numpy(x))
+
+
+def there(t):
+    return t.to(ascendc.open_device().type)
 
 
 def raw(t):
-    return t.contiguous().view(torch.uint8).numpy().tobytes()
+    return t.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("arch", sorted({c.arch for c in chips.CHIPS}))
+@pytest.mark.skipif(shutil.which("bisheng") is None, reason="bisheng of CANN is not here")
+def test_bisheng_compiles(monkeypatch, tmp_path, arch):
+    monkeypatch.setenv(loader.VARIABLE, str(tmp_path / "kernels.so"))
+    assert build.build(arch).stat().st_size > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +115,7 @@ def test_layout_and_histogram(chip):
 def test_what_is_not_finite_is_named(chip, bad):
     if "streamq_amax" not in chip.functions:
         return
-    x = torch.ones(130, 256)
+    x = there(torch.ones(130, 256))
     x[129, 201] = bad
     for what in (ascendc.amax, lambda x: ascendc.quantize(x, CASES["W8A8"])):
         with pytest.raises(NonFiniteError, match="weight at row 129, column 201 "):
@@ -109,17 +129,17 @@ def test_what_is_not_finite_is_named(chip, bad):
         (lambda x: ascendc.amax(x.to(torch.float64)), "bf16, f16 or f32, not torch.float64"),
         (lambda x: ascendc.quantize(x, CASES["W4A16"], Packing("words", 4)), "as words"),
         (lambda x: ascendc.keep_largest(x, 0), "keeps 1 to 256 of them, not 0"),
-        (lambda x: ascendc.keep_largest(torch.ones(1, 30_000), 1), "120000 bytes"),
+        (lambda x: ascendc.keep_largest(there(torch.ones(1, 30_000)), 1), "120000 bytes"),
         (lambda x: ascendc.histogram(x.view(torch.uint8), 100), "whole tiles of 100"),
     ],
 )
 def test_what_is_refused(chip, call, message):
     if "streamq_amax" in chip.functions:
         with pytest.raises(ascendc.DeviceError, match=message):
-            call(torch.ones(2, 256))
+            call(there(torch.ones(2, 256)))
 
 
 def test_no_rows(chip):
     if "streamq_amax" in chip.functions:
-        assert ascendc.amax(torch.ones(0, 8)).shape == (0,)
-        assert ascendc.keep_largest(torch.ones(0, 8), 3).shape == (0, 8)
+        assert ascendc.amax(there(torch.ones(0, 8))).shape == (0,)
+        assert ascendc.keep_largest(there(torch.ones(0, 8)), 3).shape == (0, 8)
