@@ -45,13 +45,20 @@ public:
 
         // The keep-th largest magnitude, bit by bit from the highest.
         I least = 0;
+        uint32_t reached = cols_, above = 0;  // how many are `least` or more, and how many are more
         for (int32_t bit = sizeof(I) * 8 - 2; bit >= 0; --bit) {
             I candidate = least | static_cast<I>(I(1) << bit);
-            least = Count(candidate, 0) >= keep ? candidate : least;
+            uint32_t found = Count(candidate, 0);
+            if (found >= keep) {
+                least = candidate;
+                reached = found;
+            } else {
+                above = found;  // of the last bound that is too high: the next one above `least`
+            }
         }
         // How many columns it takes until enough of those that are equal to it have come.
-        uint32_t above = Count(least + 1, 0), cut = cols_;
-        if (Count(least, 0) != keep) {
+        uint32_t cut = cols_;
+        if (reached != keep) {
             uint32_t low = 0;
             while (cut - low > 1) {
                 uint32_t middle = low + (cut - low) / 2;
