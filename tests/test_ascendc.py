@@ -13,7 +13,7 @@ from streamq.kernels import ascendc, reference
 from streamq.kernels.ascendc import build, chips, loader
 from streamq.kernels.golden import CASES, DTYPES, NUMERICS, make, outer_of
 
-from streamq.errors import NonFiniteError
+from streamq.errors import DeviceError, NonFiniteError
 from streamq.nz import to_nz
 from streamq.schemes import ALL, Scheme
 
@@ -281,8 +281,32 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path, have, library_bytes, mes
     monkeypatch.setattr(loader.importlib, "import_module", import_module)
     monkeypatch.setenv(loader.VARIABLE, str(path))
     loader.open_device.cache_clear()
-    with pytest.raises(ascendc.DeviceError, match=message):
+    with pytest.raises(DeviceError, match=message):
         ascendc.open_device()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_launch_waits_before_and_behind(code):
+    """torch_npu's own queue must not be overtaken; what a launcher refuses is an error."""
+    order = []
+    stream = SimpleNamespace(npu_stream=77)
+    npu = SimpleNamespace(synchronize=lambda: order.append("wait"), current_stream=lambda: stream)
+
+    def launcher(*given):
+        order.append(given)
+        return code
+
+    device = loader.Device(
+        chips.CHIPS[1], SimpleNamespace(npu=npu), SimpleNamespace(streamq_amax=launcher), 40
+    )
+    call = chips.Call("streamq_amax", (3, 4, 0), (0, 0))
+    tensors = [SimpleNamespace(data_ptr=lambda at=at: at) for at in (1000, 2000)]
+    if code:
+        with pytest.raises(DeviceError, match="streamq_amax refused its arguments"):
+            device.run(call, *tensors)
+        return
+    device.run(call, *tensors)
+    assert order == ["wait", (40, 77, 1000, 2000, 3, 4, 0), "wait"]
 
 
 @pytest.mark.parametrize(

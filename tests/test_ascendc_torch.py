@@ -11,7 +11,7 @@ from streamq.kernels import ascendc, reference
 from streamq.kernels.ascendc import build, chips, loader
 from streamq.kernels.golden import CASES, DTYPES, NUMERICS, make, outer_of
 
-from streamq.errors import NonFiniteError
+from streamq.errors import DeviceError, NonFiniteError
 from streamq.nz import to_nz
 from streamq.schemes import Packing
 
@@ -40,7 +40,7 @@ def chip(request, monkeypatch):
     if request.param == NPU:
         try:
             return ascendc.open_device().chip
-        except ascendc.DeviceError as error:
+        except DeviceError as error:
             pytest.skip(str(error))
     chip = next(c for c in chips.CHIPS if c.name == request.param)
     lib = ctypes.CDLL(str(library(chip.arch)))
@@ -79,7 +79,7 @@ def test_every_case_that_is_supported(chip, dtype):
             outer = outer_of(x, scheme, numerics)
             given = None if outer is None else tensor(outer)
             if not ascendc.supports(scheme, chip, numerics):
-                with pytest.raises(ascendc.DeviceError, match="has no kernel for"):
+                with pytest.raises(DeviceError, match="has no kernel for"):
                     ascendc.quantize(tensor(x), scheme, numerics=numerics, outer=given)
                 continue
             want = reference.quantize(x, scheme, numerics=numerics, outer=outer)
@@ -93,7 +93,7 @@ def test_every_case_that_is_supported(chip, dtype):
         assert raw(ascendc.amax(tensor(x))) == reference.amax(x).tobytes()
         assert raw(ascendc.keep_largest(tensor(x), 100)) == pruned(x, 100).tobytes()
     else:
-        with pytest.raises(ascendc.DeviceError, match="does not run streamq_amax"):
+        with pytest.raises(DeviceError, match="does not run streamq_amax"):
             ascendc.amax(tensor(x))
 
 
@@ -103,7 +103,7 @@ def test_layout_and_histogram(chip):
     assert raw(nz) == to_nz(data).tobytes()
     assert nz.shape == to_nz(data).shape
     if not chip.ragged:
-        with pytest.raises(ascendc.DeviceError, match="multiples of 32 bytes, not of 63"):
+        with pytest.raises(DeviceError, match="multiples of 32 bytes, not of 63"):
             ascendc.to_nz(tensor(data)[:, :63])
     counts = ascendc.histogram(nz.reshape(-1)[:1024], 512)
     want = [np.bincount(t, minlength=256) for t in to_nz(data).reshape(-1)[:1024].reshape(2, 512)]
@@ -135,7 +135,7 @@ def test_what_is_not_finite_is_named(chip, bad):
 )
 def test_what_is_refused(chip, call, message):
     if "streamq_amax" in chip.functions:
-        with pytest.raises(ascendc.DeviceError, match=message):
+        with pytest.raises(DeviceError, match=message):
             call(there(torch.ones(2, 256)))
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamq.errors import NonFiniteError
+from streamq.errors import DeviceError, NonFiniteError
 from streamq.schemes import BYTES, Numerics, Packing, Quantized, Scheme
 
 from .chips import CHIPS, DTYPES, LONGEST_ROW, LONGEST_TILE, Call, Chip, call_of, function_of
-from .loader import Device, DeviceError, library_path, open_device
+from .loader import Device, library_path, open_device
 
 __all__ = [
-    "CHIPS", "NAME", "Chip", "Device", "DeviceError", "amax", "histogram", "keep_largest",
+    "CHIPS", "NAME", "Chip", "Device", "amax", "histogram", "keep_largest",
     "library_path", "open_device", "quantize", "supports", "to_nz",
 ]  # fmt: skip
 

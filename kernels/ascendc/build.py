@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from streamq.errors import StreamqError
+from streamq.errors import DeviceError, StreamqError
 
 from .chips import CHIPS
-from .loader import DeviceError, library_path
+from .loader import library_path
 
 FOLDER = Path(__file__).parent
 

@@ -10,16 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from streamq.errors import StreamqError
+from streamq.errors import DeviceError
 
 from .chips import CHIPS, SIGNATURES, Call, Chip, chip_of
 
 #: Where the library lies, if not where ``build`` puts it.
 VARIABLE = "STREAMQ_ASCENDC"
-
-
-class DeviceError(StreamqError):
-    """The NPU cannot be used: no driver, no kernels for it, or no library of them."""
 
 
 def library_path(arch: int) -> Path:

@@ -24,8 +24,9 @@ public:
     {
         LocalTensor<float> magnitude = magnitude_.Get<float>(), most = most_.Get<float>();
         LocalTensor<float> part = part_.Get<float>(), top = top_.Get<float>();
+        uint32_t lanes = shape_.Lanes();
         Then();
-        Duplicate(most, 0.0f, TILE);
+        Duplicate(most, 0.0f, lanes);
         Duplicate(top, 0.0f, BLOCK / sizeof(float));
         Then();
         for (Tiles t(shape_, unit); t.More(); t.Next()) {
@@ -36,9 +37,9 @@ public:
             Max(most, most, magnitude, t.Size());
             Then();
         }
-        ReduceRepeat<ReduceType::MAX>(part, most, LANES, TILE / LANES, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
+        ReduceRepeat<ReduceType::MAX>(part, most, LANES, lanes / LANES, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
         Then();
-        ReduceRepeat<ReduceType::MAX>(top, part, LANES, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
+        ReduceRepeat<ReduceType::MAX>(top, part, lanes / LANES, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
         Then();
         return top;
     }

@@ -51,7 +51,7 @@ __global__ __vector__ void QuantizeUnits(
             scales_in.Free();
         }
         Then();
-        Duplicate(divisor, value, TILE);
+        Duplicate(divisor, value, shape.Lanes());
         Then();
         for (Tiles t(shape, s.first); t.More(); t.Next()) {
             LocalTensor<float> w = amax.source.Load(t.row, t.col, t.h, t.w);

@@ -18,8 +18,8 @@ namespace streamq {
 
 using namespace AscendC;
 
-// Elements in one go. 16 KiB as f32; all buffers of the largest kernel take 92 of the 183 KiB
-// that dav-2201 leaves to a kernel (192 less 8 for reductions, less 256 bytes).
+// Elements in one go, 16 KiB as f32: the buffers of a kernel that quantizes are at most 145 of the
+// 183 KiB that dav-2201 leaves it (192 less 8 of the compiler's and 256 bytes).
 constexpr uint32_t TILE = 4096;
 constexpr uint32_t LANES = 64;   // f32 in one repeat of 256 bytes
 constexpr uint32_t BLOCK = 32;   // bytes: what the Unified Buffer is aligned to
@@ -64,6 +64,11 @@ struct Shape {
     uint64_t rows, cols, height, width;
     __aicore__ inline uint64_t Across() const { return (cols + width - 1) / width; }
     __aicore__ inline uint64_t Units() const { return (rows + height - 1) / height * Across(); }
+    // Lanes that tiles of it fill, in whole repeats.
+    __aicore__ inline uint32_t Lanes() const
+    {
+        return height > 1 ? TILE : RoundUp(Least<uint64_t>(TILE, width), LANES);
+    }
 };
 
 // The tiles of a unit: `h` rows of `w` columns from `row` and `col` on, while More().
