@@ -124,12 +124,14 @@ def test_integers_equal_the_reference(kernels, data):
 
 @needs_compiler
 @given(data=st.data())
-def test_fp8_equals_the_reference(kernels, data):
+def test_floats_equal_the_reference(kernels, data):
     x, _ = data.draw(weights())
-    name = data.draw(st.sampled_from(["FP8_DYNAMIC", "FP8_BLOCK", "FP8_BLOCK_F32_SCALE", "MXFP8"]))
-    if name == "MXFP8":
+    name = data.draw(
+        st.sampled_from(["FP8_DYNAMIC", "FP8_BLOCK", "FP8_BLOCK_F32_SCALE", "MXFP8", "MXFP4"])
+    )
+    if name.startswith("MX"):
         x = np.resize(x, (len(x), -(-x.shape[1] // 32) * 32))
-    numerics = "f32" if name == "MXFP8" else data.draw(st.sampled_from(NUMERICS))
+    numerics = "f32" if name.startswith("MX") else data.draw(st.sampled_from(NUMERICS))
     check(kernels[3510], x, CASES[name], numerics, data.draw(st.integers(1, 9)))
 
 
@@ -222,7 +224,7 @@ def test_magnitude_of_long_and_tied_rows(kernels, data):
         ("W4A16", {"Atlas A2 (910B)", "Atlas A3 (910_93)", "Ascend 950"}),
         ("FP8_DYNAMIC", {"Ascend 950"}),
         ("MXFP8", {"Ascend 950"}),
-        ("MXFP4", set()),
+        ("MXFP4", {"Ascend 950"}),
         ("NVFP4", set()),
         ("W4A16_ASYM", set()),
         ("INT4_SEARCH", set()),

@@ -136,11 +136,11 @@ def _histogram(run):
 
 ROWS, NARROW, GROUPS = _quantized("W8A8"), _quantized("INT8_CHANNEL_NARROW"), _quantized("W4A16")
 LONG_ROW = _quantized("W8A8", rows=1)
-FP8, MX = _quantized("FP8_DYNAMIC"), _quantized("MXFP8")
+FP8, MX, MX4 = _quantized("FP8_DYNAMIC"), _quantized("MXFP8"), _quantized("MXFP4")
 RAGGED = _quantized("FP8_BLOCK", 300)
 #: Compiled for the architecture with the fewest kernels that has the one in question.
-ARCHES = {FP8: 3510, MX: 3510, RAGGED: 3510, _nz: 2002, _histogram: 2002}
-CHECKS = [ROWS, LONG_ROW, NARROW, GROUPS, FP8, MX, RAGGED, _amax, _nz, _keep, _histogram]
+ARCHES = {FP8: 3510, MX: 3510, MX4: 3510, RAGGED: 3510, _nz: 2002, _histogram: 2002}
+CHECKS = [ROWS, LONG_ROW, NARROW, GROUPS, FP8, MX, MX4, RAGGED, _amax, _nz, _keep, _histogram]
 
 MUTANTS = {  # what is done wrong: file, the text, what becomes of it, the check that has to see it
     "truncation": (
@@ -207,7 +207,14 @@ MUTANTS = {  # what is done wrong: file, the text, what becomes of it, the check
     "copy before zeros": ("tile", "Sync<HardEvent::V_MTE2>();", "", RAGGED),
     "e4m3 without bounds": ("fp8", "Mins(q, q, high_, n);", "", FP8),
     "MX rounds down": ("mx", "Adds(field, bits, 0x200000, n);", "Adds(field, bits, 0, n);", MX),
-    "MX of e5m2": ("mx", "MX_EMAX = 8", "MX_EMAX = 15", MX),
+    "MX of e5m2": ("mx", "-emax", "-emax - 7", MX),
+    "e2m1 with ties up": ("fp4", "0x3E800001", "0x3E800000", MX4),
+    "e2m1 with signs of zeros": (
+        "fp4",
+        "AtLeast(code, magnitude, 1, n);",
+        "Duplicate(code, 1, n);",
+        MX4,
+    ),
     "NZ of other rows": (
         "layout",
         "static_cast<uint16_t>(m - 1)",
@@ -247,6 +254,7 @@ QUICK = [
     "padding of a block",
     "no EnQue",
     "MX rounds down",
+    "e2m1 with ties up",
     "NZ of other rows",
     "a bit too few",
     "neighbours as equals",

@@ -72,7 +72,8 @@ def quantize(
     rows, cols = x.shape
     dtype = _dtype(device, x)
     call = call_of(scheme, rows, cols, dtype, numerics)
-    codes = torch.empty(rows, cols, dtype=torch.int8, device=x.device)
+    kind = torch.uint8 if scheme.element == "e2m1" else torch.int8
+    codes = torch.empty(rows, cols, dtype=kind, device=x.device)
     if scheme.whole_tensor:
         assert outer is not None
         scale = outer.to(torch.float32).contiguous()

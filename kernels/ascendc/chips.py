@@ -24,7 +24,8 @@ SIGNATURES: dict[str, list[type]] = {
     "streamq_int_groups": [*_HEAD, _POINTER, _LONG, _INT, *_RULE, _SIGNED, _SIGNED],
     "streamq_fp8_units": [*_HEAD, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _INT, _SIGNED],
     "streamq_fp8_given": [*_HEAD, _POINTER, _LONG, _LONG, _INT, _INT],
-    "streamq_mx": [*_HEAD, _POINTER, _LONG, _INT],
+    "streamq_mxfp4": [*_HEAD, _POINTER, _LONG, _INT],
+    "streamq_mxfp8": [*_HEAD, _POINTER, _LONG, _INT],
 }  # fmt: skip
 
 _ANY = ("streamq_histogram", "streamq_to_nz")
@@ -48,7 +49,7 @@ class Chip:
     ragged: bool = True
 
 
-#: 310P: no DataCopyPad, no cast of f32 that rounds. e4m3 and E8M0: only the casts of the 950.
+#: 310P: no DataCopyPad, no cast of f32 that rounds. e4m3, and integers to bytes: only the 950.
 CHIPS = (
     Chip("Atlas inference (310P)", 2002, r"Ascend310P", 8, _ANY, ragged=False),
     Chip("Atlas A2 (910B)", 2201, r"Ascend910B", 40, (*_ANY, *_INT8)),
@@ -97,10 +98,10 @@ def function_of(scheme: Scheme, numerics: Numerics = "f32") -> str | None:
     if scheme.element == "int" and rows == 1 and not (scheme.narrow and scheme.bits == 2):
         grouped = cols != ALL and cols % 8 == 0 and cols <= LONGEST_GROUP
         return "streamq_int_groups" if grouped else "streamq_int_units"
-    if scheme.element != "e4m3":
+    if scheme.scale == "e8m0" and numerics == "f32" and scheme.block == (1, 32):
+        return "streamq_mxfp4" if scheme.element == "e2m1" else "streamq_mxfp8"
+    if scheme.element != "e4m3" or scheme.scale == "e8m0":
         return None
-    if scheme.scale == "e8m0":
-        return "streamq_mx" if numerics == "f32" and scheme.block == (1, 32) else None
     if scheme.whole_tensor:
         return "streamq_fp8_given"
     return "streamq_fp8_units" if scheme.block in ((1, ALL), (128, 128)) else None
@@ -119,7 +120,7 @@ def call_of(scheme: Scheme, rows: int, cols: int, dtype: str, numerics: Numerics
     height, width = scheme.block_of(rows, cols)
     scales = scheme.scale_shape(rows, cols)
     low, high = scheme.code_range
-    if function == "streamq_mx":
+    if function.startswith("streamq_mxfp"):
         return Call(function, (scales[0] * scales[1], kind), scales)
     if function == "streamq_fp8_given":
         return Call(function, (rows, cols, kind, quotient), (rows, 1))

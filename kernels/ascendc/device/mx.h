@@ -5,8 +5,8 @@
 
 namespace streamq {
 
-constexpr int32_t MX_EMAX = 8;  // floor(log2(448)), OCP MX specification 1.0
-
+// `emax`: floor(log2()) of the largest element, 8 for e4m3 and 2 for e2m1 (OCP MX specification 1.0).
+template <int32_t emax>
 class MxScale {
 public:
     using Out = uint8_t;
@@ -17,7 +17,7 @@ public:
     }
 
     // `top` f32 [n], amax, becomes 2^(byte - 127), and `out` the byte. All of it by the bits: the
-    // exponent of amax, one more from 1.75 on, less that of the largest e4m3.
+    // exponent of amax, one more from 1.75 on, less that of the largest element.
     __aicore__ inline void Make(LocalTensor<float> top, LocalTensor<uint8_t> out, uint32_t n)
     {
         LocalTensor<int32_t> bits = top.ReinterpretCast<int32_t>(), field = field_.Get<int32_t>();
@@ -25,7 +25,7 @@ public:
         Then();
         ShiftRight(field, field, 23, n);
         Then();
-        Adds(field, field, -MX_EMAX, n);
+        Adds(field, field, -emax, n);
         Then();
         Maxs(field, field, 0, n);
         Then();
