@@ -203,6 +203,17 @@ def test_magnitude_keeps_the_largest(kernels, dtype, keep):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_magnitude_of_the_longest_row(kernels, dtype):
+    dtype = np.dtype(DTYPES[dtype])
+    cols = chips.LONGEST_ROW // dtype.itemsize
+    x = np.random.default_rng(4).integers(-90, 91, (1, cols)).astype(dtype)
+    arguments = (1, cols, 2 if dtype.itemsize == 4 else 0, cols // 3)
+    (got,) = kernels[2201].run("streamq_keep_largest", arguments, x, (x.shape, dtype))
+    assert got.tobytes() == pruned(x, cols // 3).tobytes()
+
+
+@needs_compiler
 @given(data=st.data())
 def test_magnitude_of_long_and_tied_rows(kernels, data):
     dtype = data.draw(st.sampled_from(list(DTYPES)))

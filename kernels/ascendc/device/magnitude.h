@@ -5,8 +5,7 @@
 
 namespace streamq {
 
-constexpr uint32_t CHUNK = 2048;              // elements at a time
-constexpr uint32_t MAGNITUDE_ROW = 96 * 1024;  // bytes of the longest row, which is kept whole
+constexpr uint32_t CHUNK = 2048;  // elements at a time
 
 // I: int16_t for bf16 and f16, int32_t for f32. Magnitudes are ordered as the bits without the sign
 // are, so all of it is on integers: no rounding, no subnormals that a pipe may flush.
@@ -171,7 +170,8 @@ private:
     LocalTensor<I> x_;
 };
 
-// x [rows, cols] -> out of the same dtype; 1 <= keep <= cols, a row at most MAGNITUDE_ROW bytes.
+// x [rows, cols] -> out of the same dtype; 1 <= keep <= cols. A row is kept whole beside 72 KiB of
+// other buffers, so it has at most 96 KiB.
 template <typename I>
 __global__ __vector__ void KeepLargest(GM_ADDR x, GM_ADDR out, uint64_t rows, uint64_t cols, uint32_t keep)
 {
