@@ -47,10 +47,11 @@ peer-%:
 	@.oracle/$*/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements/$*.txt \
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
+SOAK := header_fuzz kernels convert crash compress compress_failures \
+  triton triton_targets triton_sparse ascendc ascendc_checks
+
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py \
-	    tests/test_convert.py tests/test_crash.py tests/test_compress.py tests/test_compress_failures.py \
-	    tests/test_triton.py tests/test_triton_targets.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK:%=tests/test_%.py)
 	$(BIN)/python tests/kills.py 500
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.

@@ -32,6 +32,10 @@ class VerifyError(StreamqError):
     exit_code = 3
 
 
+class DeviceError(StreamqError):
+    """A device cannot be used, or has no kernel for what was asked of it."""
+
+
 class NonFiniteError(StreamqError):
     """A weight or a scale is NaN or infinite.
 

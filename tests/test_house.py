@@ -98,6 +98,8 @@ def test_the_wheel_runs_from_anywhere(tmp_path):
         z.extractall(site)
     assert any(n.startswith("streamq/kernels/cpu/") for n in names)
     assert any(n.endswith("golden/inputs.safetensors") for n in names)
+    for source in ("kernels.asc", "CMakeLists.txt", "device/tile.h"):
+        assert f"streamq/kernels/ascendc/{source}" in names
     assert not any(n.startswith(("kernels/", "tests/", "bench/")) for n in names)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r});"

@@ -1,0 +1,2 @@
+// The kernels as they are, for a host compiler.
+#include "kernels.asc"
