@@ -24,6 +24,7 @@ FLOORS = [
     {"converting", "measure", "reindexing", "verifying", "progress"},
     {"allocate"},
     {"show", "api"},
+    {"report"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,6 +9,7 @@ import click
 from streamq.errors import VerifyError
 
 from .group import cli
+from .report import check_page, report_option, verified
 
 
 @cli.command()
@@ -42,9 +43,12 @@ def inspect(src: str, as_json: bool) -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
 @click.option("--recipe", type=click.Path(), help="That of DST, if it declares groups or experts.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
-def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    dst: str, source: str | None, recipe: str | None, page: str | None, as_json: bool, quiet: bool
+) -> None:
     """Check the quantized checkpoint DST; with --source, every element of it.
 
     Exit code 3 if anything fails.
@@ -58,6 +62,8 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
     from streamq.recipe import load
     from streamq.verifying import verify as run
 
+    if page:
+        check_page(page, source)
     rows = load(recipe) if recipe else None
 
     with open_checkpoint(source) if source else nullcontext() as original:
@@ -78,6 +84,8 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
             click.echo("every element within its bound")
             for line in show.quality_lines(report.quality):
                 click.echo(line)
+    if page and source:
+        verified(page, source, dst, report.failures, quiet or as_json, rows)
     if report.failures:
         for failure in report.failures:
             click.echo(f"failed: {failure}", err=True)

@@ -35,8 +35,9 @@ class Settings:
 
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
     all workers. ``sync``: flush to disk before an output appears. ``overwrite``: replace
-    what is there, once the new one is complete. ``stats``: measure what the weights lose.
-    ``progress``: see ``Progress``. ``notify``: told sentences for people.
+    what is there, once the new one is complete. ``stats``: measure what the weights lose,
+    with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
+    sentences for people.
     """
 
     workers: int | None = None
@@ -44,6 +45,7 @@ class Settings:
     sync: bool = True
     overwrite: bool = False
     stats: bool = False
+    details: bool = False
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None
 
@@ -99,7 +101,7 @@ def convert_all(
         for target in targets:
             target.begin()
         work = [(o.plan, t) for o, t in zip(outputs, targets, strict=True) if not o.plan.verbatim]
-        run = Run(source, work, workers, progress, settings.stats)
+        run = Run(source, work, workers, progress, settings.stats, settings.details)
         backend = run.run(lambda: _load_kernels([plan for plan, _ in work], settings)).NAME
         for output, target in zip(outputs, targets, strict=True):
             _finish(source, output.plan, target, progress)
@@ -204,7 +206,8 @@ def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
             for shard in plan.shards for w in shard.weights for layout in w.layouts
             if w.target.origin != "codes" and not w.scheme.is_float
         }:  # fmt: skip
-            cpu.warm_up(target.scheme, packing, dtype, target.numerics, settings.stats)
+            how = target.numerics, settings.stats, settings.details
+            cpu.warm_up(target.scheme, packing, dtype, *how)
     finally:
         timer.cancel()
     return cpu

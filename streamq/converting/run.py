@@ -27,12 +27,13 @@ class Run:
         workers: int,
         progress: Progress,
         stats: bool,
+        details: bool,
     ) -> None:
         self._source = source
         self._workers = workers
         self._progress = progress
         self._memory = max((plan.slab_memory for plan, _ in work), default=0)
-        self._tallies = [Tally(Quality() if stats else None) for _ in work]
+        self._tallies = [Tally(Quality(details) if stats else None) for _ in work]
         self._shards = [
             (shard, destination, tally)
             for (plan, destination), tally in zip(work, self._tallies, strict=True)
