@@ -35,7 +35,7 @@ def moe(tmp_path_factory):
     src = write_checkpoint(folder / "src", made.tensors, made.config)
     recipe = folder / "recipe.toml"
     recipe.write_text(
-        'scheme = "w4a16"\n[[rule]]\npattern = "*.experts.*"\nscheme = "w4a16"\n'
+        'scheme = "w4a16"\ngroup_size = 32\n'
         '[[rule]]\npattern = "*.self_attn.*"\nscheme = "fp8_dynamic"\n'
     )
     run("convert", src, folder / "dst", "--recipe", recipe, "--report", folder / "r.json", "-q")
@@ -64,6 +64,7 @@ def test_numbers_are_those_of_numpy(scheme, fmt, tmp_path):
     made = family_checkpoints.dense("llama")
     src, dst = write_checkpoint(tmp_path / "src", made.tensors, made.config), tmp_path / "dst"
     how = ("-s", scheme, *(("-f", fmt) if fmt else ()))
+    how += ("--group-size", 64) if "a16" in scheme and scheme[0] == "w" else ()
     run("convert", src, dst, *how, "--report", tmp_path / "r.json", "-q")
     on_the_way = json.loads((tmp_path / "r.json").read_text())
     afterwards = json.loads(run("report", dst, "--source", src, "--json").stdout)
@@ -133,8 +134,8 @@ def test_a_large_tensor_is_looked_at_in_places(tmp_path):
 
 def test_what_is_repacked_has_no_loss_on_the_way_and_none_afterwards(moe, tmp_path):
     src, _, _ = moe
-    run("convert", src, tmp_path / "a", "-s", "w4a16", "-q")
-    how = ("-s", "w4a16", "-f", "gptq", "--report", tmp_path / "r.json", "-q")
+    run("convert", src, tmp_path / "a", "-s", "w4a16", "--group-size", 32, "-q")
+    how = ("-s", "w4a16", "--group-size", 32, "-f", "gptq", "--report", tmp_path / "r.json", "-q")
     run("convert", tmp_path / "a", tmp_path / "b", *how)
     made = json.loads((tmp_path / "r.json").read_text())
     assert made["total"]["sqnr_db"] is None
@@ -303,8 +304,14 @@ USAGE = [
     (["report", "DST"], "Missing option '--source'"),
 ]
 REFUSED = [
-    (["convert", "SRC", "X", "-s", "w4a16", "--report", "."], ". is a directory; name a file"),
-    (["convert", "SRC", "X", "-s", "w4a16", "--report", "no/r.html"], "no is no directory; make"),
+    (
+        ["convert", "SRC", "X", "-s", "fp8_dynamic", "--report", "."],
+        ". is a directory; name a file",
+    ),
+    (
+        ["convert", "SRC", "X", "-s", "fp8_dynamic", "--report", "no/r.html"],
+        "no is no directory; make",
+    ),
     (["report", "DST", "--source", "OTHER"], "is not in DST; give the source that it was made"),
     (["report", "DST", "--source", "SMALLER"], "give the source that it was made from"),
 ]
@@ -333,7 +340,7 @@ def test_without_the_library_nothing_is_converted(moe, tmp_path, monkeypatch):
     src, dst, _ = moe
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     out = tmp_path / "out"
-    args = ("convert", src, out, "-s", "w4a16", "--report", tmp_path / "r.html")
+    args = ("convert", src, out, "-s", "w4a16", "--group-size", 32, "--report", tmp_path / "r.html")
     said = run(*args, code=1).stderr
     assert said == (
         "Error: a report needs Vega-Lite, which is not installed: pip install 'streamq[report]'.\n"

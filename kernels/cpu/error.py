@@ -66,6 +66,8 @@ def bin_of(error, top):
 
     From the bits of the quotient, as a logarithm takes as long as 60 elements of the sums.
     """
+    if error == 0:
+        return BINS - 1
     bits = u32(f32(f32(error) / f32(top)).view(u32))
     octave, upper = i32(bits >> u32(23)), i32(u32(bits & u32(0x7FFFFF)) >= u32(0x3504F3))
     return min(max(i32(253) - i32(2) * octave - upper, 0), BINS - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _converter() -> Any:
     return vl_convert
 
 
+@cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
+    """Vega, Vega-Lite and Vega-Embed as one script, which takes 3 seconds to put together."""
     return str(_converter().javascript_bundle(vl_version=VEGA_LITE))
