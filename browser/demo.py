@@ -30,7 +30,7 @@ def moe(folder: Path) -> Path:
 
     def put(name: str, rows: int, cols: int, layer: int = 0) -> None:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        tail = rng.standard_t(12 - layer * 8 / LAYERS, (rows, cols))
+        tail = rng.standard_t(12 - layer * 8 / LAYERS + 9 * rng.random(), (rows, cols))
         tensors[name + ".weight"] = (0.02 * tail).astype(ml_dtypes.bfloat16)
 
     put("model.embed_tokens", VOCABULARY, HIDDEN)

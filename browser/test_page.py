@@ -152,7 +152,9 @@ def test_labels_of_an_axis_do_not_overlap(look, name, screen):
     assert page.execute_script(script) == []
 
 
-@pytest.mark.parametrize("metric", ["sqnr_db", "max_error", "max_error_rms", "clipped"])
+@pytest.mark.parametrize(
+    "metric", ["sqnr_db", "against_db", "max_error", "max_error_rms", "clipped"]
+)
 def test_the_other_losses(look, metric):
     page = look("moe", "desktop", "light")
     tab = page.find_element(By.CSS_SELECTOR, f'#metrics [data-name="{metric}"]')

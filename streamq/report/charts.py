@@ -17,42 +17,49 @@ Spec = dict[str, Any]
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 KEPT = ("#9a9fa8", "#b9bdc4", "#7c818a", "#cfd2d7")
 
-#: What the map of errors shows: field, title, format of numbers, colours.
+_MORE_IS_WORSE = {"scheme": "viridis", "reverse": True}
+#: What the map of losses shows: field, title, format of numbers and of axes, colours.
 METRICS = {
-    "sqnr_db": ("SQNR (dB)", ".2f", {"scheme": "viridis"}),
-    "max_error": ("Largest error", ".3~g", {"scheme": "viridis", "reverse": True}),
-    "max_error_rms": ("Largest error / RMS", ".3~f", {"scheme": "viridis", "reverse": True}),
-    "clipped": ("Clipped", ".3~%", {"scheme": "viridis", "reverse": True}),
-}
+    "sqnr_db": ("SQNR (dB)", ".2f", ".1~f", {"scheme": "viridis"}),
+    "against_db": ("SQNR against its scheme (dB)", "+.2f", "+.2~f",
+                   {"scheme": "redblue", "domainMid": 0}),
+    "max_error": ("Largest error", ".3~g", ".3~g", _MORE_IS_WORSE),
+    "max_error_rms": ("Largest error / RMS", ".3~f", ".3~f", _MORE_IS_WORSE),
+    "clipped": ("Clipped", ".3~%", ".3~%", _MORE_IS_WORSE),
+}  # fmt: skip
+#: Height of a row of cells, in pixels.
+ROW = 19
 
 
 def charts(data: dict[str, Any]) -> dict[str, Any]:
     """All charts of a page: specs by name, and of METRICS by name and field."""
-    grid = _grid(data["rows"], data["layers"])
+    measured = {c["row"] for c in data["cells"] if c["max_error"] is not None}
+    rows = [row for row in data["rows"] if row in measured]
+    mixed = any(c["scheme"] == MIXED for c in data["cells"])
     return {
         "sizes": _sizes(data["schemes"]),
-        "map": _map(data["schemes"], grid),
-        "heat": {name: _heat(name, grid) for name in METRICS},
-        "lines": {name: _lines(name, data["rows"]) for name in METRICS},
+        "map": _map(data["schemes"], data["rows"], data["layers"], mixed),
+        "heat": {name: _heat(name, rows, data["layers"]) for name in METRICS},
+        "lines": {name: _lines(name, rows) for name in METRICS},
         "errors": _errors(),
         "weights": _weights(),
     }
 
 
 def _chart(data: str, **more: Any) -> Spec:
-    fit = {"type": "fit-x", "contains": "padding", "resize": True}
-    return {"data": {"name": data}, "width": "container", "autosize": fit, **more}
+    return {"data": {"name": data}, "width": "container", **more}
 
 
 def _grid(rows: list[str], layers: list[str]) -> Spec:
     return {
         "x": {"field": "layer", "type": "ordinal", "sort": layers, "title": "layer",
               "scale": {"paddingInner": 0.06, "paddingOuter": 0},
-              "axis": {"labelAngle": 0, "labelOverlap": "greedy", "ticks": False,
-                       "domain": False}},
+              "axis": {"labelAngle": 0, "labelOverlap": "parity", "labelSeparation": 4,
+                       "ticks": False, "domain": False}},
         "y": {"field": "row", "type": "ordinal", "sort": rows, "title": None,
               "scale": {"paddingInner": 0.1, "paddingOuter": 0},
-              "axis": {"ticks": False, "domain": False, "labelOverlap": False}},
+              "axis": {"ticks": False, "domain": False, "labelOverlap": False,
+                       "labelPadding": 6}},
     }  # fmt: skip
 
 
@@ -63,7 +70,7 @@ def _tips() -> list[Spec]:
         {"field": "schemes", "title": "scheme"}, {"field": "tensors", "title": "tensors"},
         {"field": "lowest_sqnr_db", "title": "lowest SQNR (dB)", "format": ".2f"},
         *({"field": name, "title": title, "format": form}
-          for name, (title, form, _) in METRICS.items()),
+          for name, (title, form, *_) in METRICS.items()),
     ]  # fmt: skip
 
 
@@ -78,11 +85,11 @@ def _range(schemes: list[Spec]) -> tuple[list[str], list[str]]:
 def _sizes(schemes: list[Spec]) -> Spec:
     labels, colours = _range(schemes)
     return _chart(
-        "sizes", height={"step": 34}, mark={"type": "bar", "cornerRadius": 2},
+        "sizes", height=68, mark={"type": "bar", "cornerRadius": 2},
         encoding={
             "y": {"field": "when", "type": "nominal", "sort": ["before", "after"], "title": None,
                   "axis": {"ticks": False, "domain": False}},
-            "x": {"field": "bytes", "type": "quantitative", "title": None, "stack": "zero",
+            "x": {"field": "bytes", "type": "quantitative", "title": "bytes", "stack": "zero",
                   "axis": {"format": ".3~s", "tickCount": 5, "grid": True}},
             "color": {"field": "label", "type": "nominal", "title": None,
                       "scale": {"domain": labels, "range": colours}},
@@ -95,23 +102,25 @@ def _sizes(schemes: list[Spec]) -> Spec:
     )  # fmt: skip
 
 
-def _map(schemes: list[Spec], grid: Spec) -> Spec:
+def _map(schemes: list[Spec], rows: list[str], layers: list[str], mixed: bool) -> Spec:
     labels, colours = _range(schemes)
+    if mixed:
+        labels, colours = [*labels, MIXED], [*colours, "#d62f8f"]
     colour = {"field": "scheme", "type": "nominal", "title": None,
-              "scale": {"domain": [*labels, MIXED], "range": [*colours, "#d62f8f"]}}  # fmt: skip
-    return _chart("cells", height={"step": 19}, mark={"type": "rect", "cornerRadius": 1},
-                  encoding={**grid, "color": colour, "tooltip": _tips()})  # fmt: skip
+              "scale": {"domain": labels, "range": colours}}  # fmt: skip
+    return _chart("cells", height=ROW * len(rows), mark={"type": "rect", "cornerRadius": 1},
+                  encoding={**_grid(rows, layers), "color": colour, "tooltip": _tips()})  # fmt: skip
 
 
-def _heat(name: str, grid: Spec) -> Spec:
-    title, form, scale = METRICS[name]
+def _heat(name: str, rows: list[str], layers: list[str]) -> Spec:
+    title, _, form, scale = METRICS[name]
     colour = {"field": name, "type": "quantitative", "title": title, "scale": scale,
               "legend": {"format": form, "gradientLength": 200, "direction": "horizontal",
                          "titleLimit": 240}}  # fmt: skip
     return _chart(
-        "cells", height={"step": 19}, mark={"type": "rect", "cornerRadius": 1},
+        "cells", height=ROW * len(rows), mark={"type": "rect", "cornerRadius": 1},
         transform=[{"filter": f"isValid(datum.{name})"}],
-        encoding={**grid, "color": colour, "tooltip": _tips()},
+        encoding={**_grid(rows, layers), "color": colour, "tooltip": _tips()},
     )  # fmt: skip
 
 
@@ -130,7 +139,7 @@ _FADED = {"condition": {"param": "kind", "value": 1}, "value": 0.08}
 
 
 def _lines(name: str, rows: list[str]) -> Spec:
-    title, form, _ = METRICS[name]
+    title, _, form, _ = METRICS[name]
     return _chart(
         "cells", height=280, params=[_picked()],
         mark={"type": "line", "point": {"size": 28}, "strokeWidth": 1.5},
@@ -140,8 +149,7 @@ def _lines(name: str, rows: list[str]) -> Spec:
                   "axis": {"tickMinStep": 1, "format": "d", "grid": False},
                   "scale": {"zero": False, "nice": False, "padding": 8}},
             "y": {"field": name, "type": "quantitative", "title": title,
-                  "scale": {"zero": name != "sqnr_db"}, "axis": {"format": form.replace("2f", "0f"),
-                                                                 "tickCount": 6}},
+                  "scale": {"zero": name != "sqnr_db"}, "axis": {"format": form, "tickCount": 6}},
             "color": _kinds(rows), "opacity": _FADED, "tooltip": _tips(),
         },
     )  # fmt: skip

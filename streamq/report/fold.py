@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from math import log10
+from statistics import median
 from typing import Any
 
 #: Tensors that are listed one by one. With more, experts of a layer become one row; if these
@@ -16,6 +17,9 @@ SINGLE = 500
 KINDS, CELLS = 40, 20_000
 #: Fused groups and lines of text that are listed, characters of a name, of one that is an axis.
 LINES, NAME, LABEL = 200, 300, 48
+
+#: A share of the errors of a kind that is not worth a place on the axis.
+RARE = 5e-4
 
 #: What a cell without a layer is called, and one of several schemes.
 OUTSIDE, MIXED = "-", "mixed"
@@ -32,7 +36,7 @@ def page_data(report: dict[str, Any]) -> dict[str, Any]:
     rows, folded = table(report["tensors"])
     schemes = schemes_of(report)
     cells = cells_of(report)
-    shown = {c["row"] for c in cells}
+    main, shown = _main(report), {c["row"] for c in cells}
     verification = report["verification"] or {"failures": []}
     failures = [f"failed: {f}" for f in verification["failures"]]
     return {
@@ -44,7 +48,7 @@ def page_data(report: dict[str, Any]) -> dict[str, Any]:
         "cells": cells,
         "rows": rows_of(cells),
         "layers": layers_of(cells),
-        "hidden_kinds": len({_label(c, _main(report)) for c in report["cells"]} - shown),
+        "hidden_kinds": len({_label(c, main) for c in report["cells"]} - shown),
         "errors": errors_of(report),
         "worst": [{**w, "name": cut(w["name"])} for w in report["worst"]],
         "fused_groups": [
@@ -159,7 +163,20 @@ def cells_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             **{key: c[key] for key in ("sqnr_db", "lowest_sqnr_db", "max_error", "max_error_rms",
                                        "clipped")},
         })  # fmt: skip
-    return found[:CELLS]
+    return _against(found[:CELLS])
+
+
+def _against(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the SQNR less the median of the cells of its scheme, where outliers show."""
+    known: dict[str, list[float]] = {}
+    for c in cells:
+        if c["sqnr_db"] is not None:
+            known.setdefault(c["scheme"], []).append(c["sqnr_db"])
+    middle = {scheme: median(values) for scheme, values in known.items()}
+    return [
+        {**c, "against_db": c["sqnr_db"] and round(c["sqnr_db"] - middle[c["scheme"]], 4)}
+        for c in cells
+    ]
 
 
 def rows_of(cells: list[dict[str, Any]]) -> list[str]:
@@ -177,14 +194,14 @@ def layers_of(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def errors_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Shares of errors by kind; the last bin, of what is next to nothing, is not drawn."""
+    """Shares of errors by kind; sizes that next to none have, at either end, are not drawn."""
     kinds = report["errors"]["by_kind"]
     largest = sorted(kinds, key=lambda kind: (-sum(kinds[kind]), kind))[:KINDS]
     step = 20 * log10(2) * report["errors"]["bin_octaves"]
     found = []
     for kind in sorted(largest):
         counts, total = kinds[kind][:-1], sum(kinds[kind])
-        filled = [i for i, n in enumerate(counts) if n]
+        filled = [i for i, n in enumerate(counts) if n > total * RARE]
         for i in range(min(filled, default=0), max(filled, default=-1) + 1):
             found.append({"row": cut(kind, LABEL), "db": round(-step * (i + 0.5), 2),
                           "share": float(f"{counts[i] / total:.4g}")})  # fmt: skip

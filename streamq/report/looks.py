@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 PLACES, WEIGHTS = 16, 1 << 15
 
 #: Bins of a histogram, and its reach to either side in root mean squares of the weights.
-BINS, REACH = 48, 4.0
+BINS, REACH = 49, 4.0  # an odd number, so that codes of 0 are in the middle of one
 
 
 def histogram(out: Checkpoint, source: Checkpoint, pair: Pair) -> dict[str, Any]:

@@ -11,6 +11,12 @@ function make(tag, text, className) {
   if (className) e.className = className;
   return e;
 }
+// A name that may be broken behind its dots and underscores.
+function named(tag, text, className) {
+  const e = make(tag, undefined, className);
+  for (const part of text.split(/(?<=[._])/)) e.append(part, make("wbr"));
+  return e;
+}
 function size(n) {
   for (const unit of ["B", "kB", "MB", "GB"]) {
     if (n < 999.95 || unit === "GB") return (unit === "B" ? n : n.toFixed(n < 10 ? 2 : 1)) + " " + unit;
@@ -18,7 +24,7 @@ function size(n) {
   }
 }
 const short = (v) => v === 0 ? "0" : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5 ? v.toExponential(2) : String(+v.toPrecision(3));
-const percent = (v) => v === 0 ? "0" : +(100 * v).toPrecision(3) + " %";
+const percent = (v) => +(100 * v).toPrecision(3) + " %";
 const FORMATS = {
   bytes_in: size, bytes_out: size, max_error: short, max_error_rms: short, clipped: percent,
   sqnr_db: (v) => typeof v === "number" ? v.toFixed(2) : v, count: String,
@@ -42,7 +48,7 @@ function config() {
   return {
     background: null, font: "system-ui, 'DejaVu Sans', sans-serif", view: { stroke: null },
     axis: { ...words, gridColor: colour("--line"), domainColor: colour("--line"), tickColor: colour("--line") },
-    axisY: { labelLimit: phone ? 118 : 260 },
+    axisY: { titlePadding: 8, labelLimit: phone ? 118 : 260 },
     legend: { ...words, orient: phone ? "bottom" : "top", columns: phone ? 2 : 6, labelLimit: phone ? 135 : 170, symbolLimit: 40, symbolStrokeWidth: 2, offset: 8 },
   };
 }
@@ -57,6 +63,7 @@ function drawMetric() {
   for (const tab of byId("metrics").children) tab.setAttribute("aria-selected", tab.dataset.name === metric);
   byId("metric-text").textContent = {
     sqnr_db: "Energy of the weights over that of their errors: 20 dB is an error of a tenth, every bit is worth 6 dB. Higher is better.",
+    against_db: "The same less the median of all cells of its scheme: what is below 0 has outliers that others have not.",
     max_error: "The largest difference between a weight and what a loader gets for it.",
     max_error_rms: "The same against the root mean square of the weights of the tensor.",
     clipped: "Weights beyond the range of their codes.",
@@ -86,7 +93,7 @@ function bins(h) {
 
 function tile(value, label, className) {
   const e = make("div", undefined, "tile" + (className ? " " + className : ""));
-  e.append(make("b", value), make("span", label));
+  e.append(make("b", value), named("span", label));
   byId("tiles").append(e);
 }
 function summary() {
@@ -116,7 +123,7 @@ function summary() {
   D.worst.forEach((w, i) => {
     const e = make("div"), chart = make("div", undefined, "chart"), head = make("div");
     chart.id = "worst-" + i;
-    head.append(make("h3", w.name), make("p", `${w.sqnr_db.toFixed(2)} dB · ${w.scheme} · ${w.shape.join(" x ")}`, "quiet"));
+    head.append(named("h3", w.name), make("p", `${w.sqnr_db.toFixed(2)} dB · ${w.scheme} · ${w.shape.join(" x ")}`, "quiet"));
     e.append(head, chart);
     byId("worst").append(e);
   });
@@ -162,7 +169,8 @@ function showRows() {
   const body = byId("tensors").tBodies[0];
   body.replaceChildren(...found.slice(first, first + PAGE).map((cells) => {
     const row = make("tr");
-    cells.forEach((v, i) => row.append(make("td", v === null ? "" : isText(i) ? v : FORMATS[D.columns[i]](v), isText(i) ? "" : "n")));
+    cells.forEach((v, i) => row.append(i === 0 ? named("td", v)
+      : make("td", v === null ? "" : isText(i) ? v : FORMATS[D.columns[i]](v), isText(i) ? "" : "n")));
     return row;
   }));
   const last = Math.min(first + PAGE, found.length);
