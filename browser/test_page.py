@@ -183,7 +183,7 @@ def test_the_table_sorts_filters_and_turns_pages(look, screen):
     assert heads[sqnr].get_attribute("aria-sort") == "ascending"
     shown = [float(x) for x in column(page, sqnr)]
     assert shown == sorted(shown)
-    assert len(shown) == 50
+    assert len(shown) == {"desktop": 50, "phone": 20}[screen]
 
     def click(i):
         page.execute_script("arguments[0].click()", heads[i])
@@ -196,7 +196,7 @@ def test_the_table_sorts_filters_and_turns_pages(look, screen):
     click(0)
     first = column(page, 0)
     assert first[0] == "lm_head.weight"
-    assert first.index("model.layers.0.mlp.experts.2.up_proj.weight") < 50
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in first
     page.execute_script("document.getElementById('next').click()")
     assert column(page, 0)[0] not in first
     page.find_element(By.ID, "filter").send_keys("layers.23.mlp.experts.7")

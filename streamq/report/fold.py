@@ -26,9 +26,11 @@ OUTSIDE, MIXED = "-", "mixed"
 
 _EXPERT = re.compile(r"(\bexperts)\.\d+\.|\[#\d+\]")
 
-#: Columns of the table of tensors; the first two are text.
-COLUMNS = ("name", "scheme", "shape", "count", "bytes_in", "bytes_out", "sqnr_db", "max_error",
-           "max_error_rms", "clipped")  # fmt: skip
+#: Columns of the table of tensors; what counts first, as a phone shows three of them.
+COLUMNS = (
+    "name", "sqnr_db", "scheme", "max_error", "max_error_rms", "clipped", "bytes_in", "bytes_out",
+    "shape", "count",
+)  # fmt: skip
 
 
 def page_data(report: dict[str, Any]) -> dict[str, Any]:
@@ -91,26 +93,26 @@ def _order(value: Any) -> float:
 
 def _row(t: dict[str, Any]) -> list[Any]:
     scheme = t["scheme"] or t["dtype_out"] + (f" ({t['reason']})" if t["reason"] else "")
-    sqnr = "exact" if t["exact"] else t["sqnr_db"]
-    return [cut(t["name"]), cut(scheme), " x ".join(map(str, t["shape"]))[:LABEL], 1,
-            t["bytes_in"], t["bytes_out"], sqnr, t["max_error"], t["max_error_rms"],
-            t["clipped"]]  # fmt: skip
+    cells = {**t, "name": cut(t["name"]), "scheme": cut(scheme), "count": 1,
+             "shape": " x ".join(map(str, t["shape"]))[:LABEL],
+             "sqnr_db": "exact" if t["exact"] else t["sqnr_db"]}  # fmt: skip
+    return [cells[column] for column in COLUMNS]
 
 
 def _merged(name: str, group: list[dict[str, Any]]) -> list[Any]:
-    """Experts as one row; energies from SQNR and the size of the largest, which all share."""
-    first = group[0]
-    same = all(t["shape"] == first["shape"] for t in group)
-    known = [t["sqnr_db"] for t in group if t["sqnr_db"] is not None]
-    largest = [t["max_error"] for t in group if t["max_error"] is not None]
-    spread = [t["max_error_rms"] for t in group if t["max_error_rms"] is not None]
-    clipped = [t["clipped"] for t in group if t["clipped"] is not None]
-    mean = -10 * log10(sum(10 ** (-db / 10) for db in known) / len(known)) if known else None
-    return [cut(name), first["scheme"] or first["dtype_out"],
-            " x ".join(map(str, first["shape"])) if same else "", len(group),
-            sum(t["bytes_in"] for t in group), sum(t["bytes_out"] for t in group),
-            mean and round(mean, 4), max(largest, default=None), max(spread, default=None),
-            sum(clipped) / len(clipped) if clipped else None]  # fmt: skip
+    """Experts as one row, of the mean of their relative energies; they are of one size."""
+    row = dict(zip(COLUMNS, _row({**group[0], "name": name, "exact": False}), strict=True))
+    known = [t for t in group if t["sqnr_db"] is not None]
+    if known:
+        noise = sum(10 ** (-t["sqnr_db"] / 10) for t in known) / len(known)
+        row["sqnr_db"] = round(-10 * log10(noise), 4)
+        for key in ("max_error", "max_error_rms"):
+            row[key] = max((t[key] for t in known if t[key] is not None), default=None)
+        row["clipped"] = sum(t["clipped"] for t in known) / len(known)
+    for key in ("bytes_in", "bytes_out"):
+        row[key] = sum(t[key] for t in group)
+    row["count"] = len(group)
+    return [*row.values()]
 
 
 def schemes_of(report: dict[str, Any]) -> list[dict[str, Any]]:

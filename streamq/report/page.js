@@ -151,7 +151,7 @@ function made() {
 
 // --- the table ------------------------------------------------------------------------------
 
-const PAGE = 50;
+const PAGE = narrow.matches ? 20 : 50;
 let order = { column: 0, down: false }, first = 0, found = D.table;
 const isText = (i) => D.columns[i] === "name" || D.columns[i] === "scheme" || D.columns[i] === "shape";
 
@@ -200,7 +200,8 @@ function table() {
   });
   byId("filter").oninput = (e) => {
     const text = e.target.value.toLowerCase();
-    found = D.table.filter((row) => row[0].toLowerCase().includes(text) || row[1].toLowerCase().includes(text));
+    const scheme = D.columns.indexOf("scheme");
+    found = D.table.filter((row) => [row[0], row[scheme]].some((said) => said.toLowerCase().includes(text)));
     first = 0;
     sortRows();
     showRows();
