@@ -41,12 +41,13 @@ def pages(tmp_path_factory):
         ("moe", moe(folder / "moe-8x24"), folder / "moe.toml"),
     ):
         (folder / name).mkdir()
+        (folder / name / src.name).symlink_to(src)
         dst = folder / name / f"{src.name}-mixed"
         run = [Path(sys.executable).parent / "streamq"]
         subprocess.run([*run, "convert", src, dst, "--recipe", recipe, "-q"], check=True)
         made[name] = folder / name / "report.html"
         subprocess.run(
-            [*run, "report", dst.name, "--source", src, "-o", "report.html", "-q"],
+            [*run, "report", dst.name, "--source", src.name, "-o", "report.html", "-q"],
             check=True, cwd=folder / name,
         )  # fmt: skip
     return made

@@ -205,16 +205,9 @@ def _measure(
         codes = pack_nibbles(codes)
     zeroed = q.zero_point is not None
     zero = scale if q.zero_point is None else q.zero_point.astype(np.float32)
-    middle, half = error.reach(scheme)
-    if paired and scheme.element == "e2m1":  # the kernel counts in halves
-        half *= 2
-    elif paired:
-        middle += 8
+    reach = np.float32(error.reach(scheme) * (2 if scheme.element == "e2m1" else 1))  # of halves
     sums = error.sums(scheme.element, paired, zeroed, len(member) > 0)
-    sums(
-        _as_bits(x), codes, flip, scale, zero, g, br, bc, out, np.float32(middle),
-        np.float32(half), member, bins,
-    )  # fmt: skip
+    sums(_as_bits(x), codes, flip, scale, zero, g, br, bc, out, reach, member, bins)
 
 
 def warm_up(

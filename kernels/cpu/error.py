@@ -101,7 +101,7 @@ def _spread(per_block, factor, width, out):
 def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> Any:
     """The kernel for an element type, two codes or one a byte, with or without zero points.
 
-    ``f(x, codes, flip, scale, zero, g, br, bc, out, middle, half, member, bins)``: sums of
+    ``f(x, codes, flip, scale, zero, g, br, bc, out, reach, member, bins)``: sums of
     squares of ``x [rows, cols]`` (bits) and of what its codes miss into ``out`` f64 ``[rows, 2]``.
     ``codes`` uint8: pairs of e2m1 or of offset binary; e4m3; or int8 with its bits turned over
     where ``flip`` has them. ``scale`` and ``zero`` f32 ``[row blocks, col blocks]`` of ``br`` by
@@ -109,9 +109,9 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
     even.
 
     ``detailed``: instead by the ``member`` int64 ``[rows]`` that a row belongs to, added to
-    ``out`` f64 ``[members, 4]``, with the largest error and the number of weights that are more
-    than ``half`` codes away from the ``middle`` one; and a sample of the errors counted in
-    ``bins`` int64 ``[members, BINS]``. All four are looked at only then.
+    ``out`` f64 ``[members, 4]``, with the largest error and the number of errors above ``reach``
+    codes; and a sample of the errors counted in ``bins`` int64 ``[members, BINS]``. These three
+    are looked at only then.
     """
     e2m1, e4m3 = element == "e2m1", element == "e4m3"
     unit_of_codes = f32(0.5 if e2m1 else 1)
@@ -128,8 +128,21 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
     def bits_of(error):
         return u32(f32(error).view(u32) & ABS_MASK)
 
+    @register_jitable
+    def over(error, limit):
+        """Above 0 where an error is above the limit; a float's bits have its sign."""
+        return i32(f32(abs(f32(error)) - f32(limit)).view(i32))
+
+    @register_jitable
+    def error_at(row, row_codes, i, inverse, scales, zeros, flip):
+        """An error by itself, in units of the row."""
+        at = i // u64(2 if paired else 1)
+        z = zeros[at] + offset if zeroed else offset
+        v = value_of(row_codes[at], paired and i % u64(2) == u64(1), flip)
+        return abs(f32(value(row, i) * inverse) - (v - z) * scales[at])
+
     @nb.njit(fastmath={"reassoc", "contract"}, **JIT)  # a SQNR is not a checkpoint byte
-    def kernel(x, codes, flip, scale, zero, g, br, bc, out, middle, half, member, bins):
+    def kernel(x, codes, flip, scale, zero, g, br, bc, out, reach, member, bins):
         step = u64(2 if paired else 1)
         n, width = u64(x.shape[1]) // step, u64(bc) // step
         scales, zeros = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -141,9 +154,9 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
             _spread(scale[r // u64(br)], f32(f32(inverse / g[r]) * unit_of_codes), width, scales)
             if zeroed:
                 _spread(zero[r // u64(br)], f32(1), width, zeros)
-            signal, noise, top, clipped = f64(0), f64(0), u32(0), u64(0)
+            signal, noise, top, far = f64(0), f64(0), u32(0), i32(0)
             for first in range(u64(0), n, u64(RUN)):
-                ww, ee, beyond = f32(0), f32(0), u32(0)
+                ww, ee = f32(0), f32(0)
                 for i in range(first, min(n, first + u64(RUN))):
                     code, s = row_codes[i], scales[i]
                     z = zeros[i] + offset if zeroed else offset
@@ -155,10 +168,8 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
                         ww += even * even + odd * odd
                         ee += a * a + b * b
                         if detailed:
-                            centre, reach = f32((middle - z) * s), f32(half * s)
                             top = max(top, max(bits_of(a), bits_of(b)))
-                            beyond += u32(abs(even - centre) > reach)
-                            beyond += u32(abs(odd - centre) > reach)
+                            far = max(far, max(over(a, reach * s), over(b, reach * s)))
                     else:
                         w = f32(value(row, i) * inverse)
                         e = w - (value_of(code, False, flip) - z) * s
@@ -166,10 +177,9 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
                         ee += e * e
                         if detailed:
                             top = max(top, bits_of(e))
-                            beyond += u32(abs(w - f32((middle - z) * s)) > f32(half * s))
+                            far = max(far, over(e, reach * s))
                 signal += f64(ww)
                 noise += f64(ee)
-                clipped += u64(beyond)
             power = f64(u32(unit << u32(23)).view(f32))
             if not detailed:
                 out[r, 0], out[r, 1] = signal * power**2, noise * power**2
@@ -178,23 +188,27 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
             sums[0] += signal * power**2
             sums[1] += noise * power**2
             sums[2] = max(sums[2], f64(u32(top).view(f32)) * power)
-            sums[3] += clipped
+            if far > i32(0):  # counting at once costs as much as all the rest
+                for i in range(u64(row.size)):
+                    e = error_at(row, row_codes, i, inverse, scales, zeros, flip)
+                    sums[3] += e > f32(reach * scales[i // step])
             most = f32(u32(largest).view(f32) * inverse)
             for i in range(r * u64(17) % u64(SAMPLED), u64(row.size), u64(SAMPLED)):
-                at = i // step
-                z = zeros[at] + offset if zeroed else offset
-                v = value_of(row_codes[at], i % step == u64(1), flip)
-                counts[bin_of(abs(f32(value(row, i) * inverse) - (v - z) * scales[at]), most)] += 1
+                e = error_at(row, row_codes, i, inverse, scales, zeros, flip)
+                counts[bin_of(e, most)] += 1
 
     return kernel
 
 
-def reach(scheme: Scheme) -> tuple[float, float]:
-    """The middle of the codes, and how far from it a weight is not clipped, in codes."""
+def reach(scheme: Scheme) -> float:
+    """The largest error of a weight that is not clipped, in codes.
+
+    Half a step, of floats the last and largest one; and as scales are rounded to bf16, and
+    quotients of ``--numerics weight`` too, 1/128 of the codes to either side.
+    """
     if scheme.element != "int":
-        return 0.0, (7.0 if scheme.element == "e2m1" else 464.0) * (1 + 1 / 128)
-    lo, hi = scheme.code_range
-    return (lo + hi) / 2, (hi - lo + 1) / 2 * (1 + 1 / 128)
+        return {"e2m1": 1 + 7 / 128, "e4m3": 16 + 464 / 128}[scheme.element]
+    return 0.5 + (1 << (scheme.bits - 1)) / 128
 
 
 def of_values(
@@ -210,10 +224,9 @@ def of_values(
     np.maximum.at(out[:, 2], member, e.max(axis=1, initial=0))
     if not scheme.inverse:  # there scale and minimum are those of the very group
         assert q.bias is not None
-        middle, half = reach(scheme)
-        scale = q.scale.astype(np.float64)[:, :, None]
-        centre = q.bias[:, :, None] + (middle - scheme.code_range[0]) * scale
-        far = np.abs(w.reshape(*q.bias.shape, -1) - centre) > half * np.abs(scale)
+        far = (
+            e.reshape(*q.bias.shape, -1) > reach(scheme) * np.abs(q.scale.astype(float))[:, :, None]
+        )
         np.add.at(out[:, 3], member, far.sum(axis=(1, 2)))
     _count(e, np.abs(w).max(axis=1, initial=0), member, bins)
 

@@ -21,10 +21,10 @@ _MORE_IS_WORSE = {"scheme": "viridis", "reverse": True}
 #: What the map of losses shows: field, title, format of numbers and of axes, colours.
 METRICS = {
     "sqnr_db": ("SQNR (dB)", ".2f", ".1~f", {"scheme": "viridis"}),
-    "against_db": ("SQNR against its scheme (dB)", "+.2f", "+.2~f",
+    "against_db": ("dB against scheme", "+.2f", "+.2~f",
                    {"scheme": "redblue", "domainMid": 0}),
     "max_error": ("Largest error", ".3~g", ".3~g", _MORE_IS_WORSE),
-    "max_error_rms": ("Largest error / RMS", ".3~f", ".3~f", _MORE_IS_WORSE),
+    "max_error_rms": ("Error / RMS", ".3~f", ".3~f", _MORE_IS_WORSE),
     "clipped": ("Clipped", ".3~%", ".3~%", _MORE_IS_WORSE),
 }  # fmt: skip
 #: Height of a row of cells, in pixels.
@@ -34,13 +34,15 @@ ROW = 19
 def charts(data: dict[str, Any]) -> dict[str, Any]:
     """All charts of a page: specs by name, and of METRICS by name and field."""
     measured = {c["row"] for c in data["cells"] if c["max_error"] is not None}
+    inside = (c for c in data["cells"] if c["main"] and c["number"] is not None)
+    numbers = sorted({c["number"] for c in inside})
     rows = [row for row in data["rows"] if row in measured]
     mixed = any(c["scheme"] == MIXED for c in data["cells"])
     return {
         "sizes": _sizes(data["schemes"]),
         "map": _map(data["schemes"], data["rows"], data["layers"], mixed),
         "heat": {name: _heat(name, rows, data["layers"]) for name in METRICS},
-        "lines": {name: _lines(name, rows) for name in METRICS},
+        "lines": {name: _lines(name, rows, numbers) for name in METRICS},
         "errors": _errors(),
         "weights": _weights(),
     }
@@ -53,7 +55,7 @@ def _chart(data: str, **more: Any) -> Spec:
 def _grid(rows: list[str], layers: list[str]) -> Spec:
     return {
         "x": {"field": "layer", "type": "ordinal", "sort": layers, "title": "layer",
-              "scale": {"paddingInner": 0.06, "paddingOuter": 0},
+              "scale": {"paddingInner": min(0.06, 0.0025 * len(layers)), "paddingOuter": 0},
               "axis": {"labelAngle": 0, "labelOverlap": "parity", "labelSeparation": 4,
                        "ticks": False, "domain": False}},
         "y": {"field": "row", "type": "ordinal", "sort": rows, "title": None,
@@ -108,8 +110,10 @@ def _map(schemes: list[Spec], rows: list[str], layers: list[str], mixed: bool) -
         labels, colours = [*labels, MIXED], [*colours, "#d62f8f"]
     colour = {"field": "scheme", "type": "nominal", "title": None,
               "scale": {"domain": labels, "range": colours}}  # fmt: skip
-    return _chart("cells", height=ROW * len(rows), mark={"type": "rect", "cornerRadius": 1},
-                  encoding={**_grid(rows, layers), "color": colour, "tooltip": _tips()})  # fmt: skip
+    return _chart(
+        "cells", height=ROW * len(rows), mark={"type": "rect", "cornerRadius": 1},
+        encoding={**_grid(rows, layers), "color": colour, "tooltip": _tips()},
+    )  # fmt: skip
 
 
 def _heat(name: str, rows: list[str], layers: list[str]) -> Spec:
@@ -138,7 +142,7 @@ def _picked() -> Spec:
 _FADED = {"condition": {"param": "kind", "value": 1}, "value": 0.08}
 
 
-def _lines(name: str, rows: list[str]) -> Spec:
+def _lines(name: str, rows: list[str], numbers: list[int]) -> Spec:
     title, _, form, _ = METRICS[name]
     return _chart(
         "cells", height=280, params=[_picked()],
@@ -146,7 +150,8 @@ def _lines(name: str, rows: list[str]) -> Spec:
         transform=[{"filter": f"datum.main && isValid(datum.number) && isValid(datum.{name})"}],
         encoding={
             "x": {"field": "number", "type": "quantitative", "title": "layer",
-                  "axis": {"tickMinStep": 1, "format": "d", "grid": False},
+                  "axis": {"values": numbers, "format": "d", "grid": False,
+                           "labelOverlap": "parity", "labelSeparation": 4},
                   "scale": {"zero": False, "nice": False, "padding": 8}},
             "y": {"field": name, "type": "quantitative", "title": title,
                   "scale": {"zero": name != "sqnr_db"}, "axis": {"format": form, "tickCount": 6}},
