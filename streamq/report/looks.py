@@ -56,4 +56,5 @@ def _places(pair: Pair, s: Stored) -> list[tuple[int, int]]:
 
 def _counts(x: Array, reach: float) -> list[int]:
     place = np.clip((x / reach + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64)
-    return np.bincount(place, minlength=BINS).tolist()
+    counts: list[int] = np.bincount(place, minlength=BINS).tolist()
+    return counts
