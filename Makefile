@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint golden bench bench-gpu peers soak oracle clean
+.PHONY: demo test test-gpu lint golden bench bench-gpu peers soak oracle browser clean
 
 EXAMPLE := examples/bytes-llama
 DEMO := .demo/bytes-llama-nvfp4a16
@@ -68,6 +68,13 @@ oracle-%: pyproject.toml
 	    --disable-pip-version-check --no-deps -r oracle/$*/no-deps.txt; }; \
 	then .oracle/$*/bin/python -m pytest -p no:cacheprovider oracle/$* && touch .oracle/$*/passed; \
 	else echo "oracle: SKIPPED $*: oracle/$*/requirements.txt cannot be installed here"; fi
+
+# The quality report in a headless Chromium; its screenshots go to docs/images.
+browser: .venv/ready-test
+	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then \
+	    $(BIN)/python -m pip install -q --disable-pip-version-check -r browser/requirements.txt \
+	    && $(BIN)/python -m pytest -p no:cacheprovider browser; \
+	else echo "browser: SKIPPED: no chromium with chromedriver here (apt-get install chromium chromium-driver)"; fi
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -233,13 +233,13 @@ def inspect_json(c: Checkpoint) -> dict[str, Any]:
         "quantization": {
             "quant_method": quantization.get("quant_method"), "format": quantization.get("format"),
         } if quantization else None,
-        "fused_groups": _groups(c),
+        "fused_groups": fused_groups(c),
         "other_files": c.others,
         "oddities": c.oddities,
     }  # fmt: skip
 
 
-def _groups(c: Checkpoint) -> list[dict[str, Any]]:
+def fused_groups(c: Checkpoint) -> list[dict[str, Any]]:
     """Fused groups, collapsed over layers: how many, and how many straddle shards."""
     family = Family(c.config)
     found: dict[tuple[str, str], list[TensorInfo]] = {}

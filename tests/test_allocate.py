@@ -121,7 +121,7 @@ def test_measured_errors_are_those_of_the_conversion(make, tmp_path):
         size = scheme.block[1] if scheme.element == "int" else None
         done = api.convert(src, tmp_path / str(i), scheme.name, group_size=size,
                            settings=Settings(stats=True, sync=False))  # fmt: skip
-        noise = sum(n for _, n in done.quality._sums.values())
+        noise = sum(loss.noise for loss in done.quality._sums.values())
         assert sum(u.errors[i] for u in units) == pytest.approx(noise, rel=1e-6)
         assert sum(u.sizes[i] for u in units) == sum(n for _, n in plans[i].schemes.values())
 

@@ -25,6 +25,7 @@ FLOORS = [
     {"allocate", "verifying"},
     {"compressing"},
     {"show", "api"},
+    {"report"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

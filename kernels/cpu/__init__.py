@@ -145,10 +145,47 @@ def energies(
     ``q`` as ``quantize`` gave it for ``packing``.
     """
     if scheme.inverse:
-        if packing.kind == "words":
-            half = 1 << (packing.bits - 1)
-            q = replace(q, codes=unpack_words(q.codes, packing.bits, x.shape[1], half))
-        return group.energies(x, q, scheme)
+        return group.energies(x, _unpacked(q, packing, x.shape[1]), scheme)
+    out = np.empty((len(x), 2))
+    none = np.empty(0, np.int64)
+    _measure(x, q, scheme, packing, outer, out, none, none.reshape(0, 0))
+    return out
+
+
+def losses(
+    x: Array, q: Quantized, scheme: Scheme, packing: Packing, outer: Array | None, member: Array
+) -> tuple[Array, Array]:
+    """What the members of ``x`` lost under ``q``, and how their errors are distributed.
+
+    ``q`` as ``quantize`` gave it for ``packing``, or as a format unpacked it (``BYTES``);
+    ``member`` int64 ``[rows]``, ascending from 0: the weight that a row belongs to. f64
+    ``[members, 4]``: sums of squares of weights and of errors, the largest error, and the
+    number of clipped weights: those further beyond the last code than half a step, and 1/128 of
+    the range more, because scales are rounded. int64 ``[members, error.BINS]``: one error in
+    ``error.SAMPLED``, in bins of half an octave below the largest weight of its row.
+    """
+    count = int(member[-1]) + 1 if len(member) else 0
+    out, bins = np.zeros((count, 4)), np.zeros((count, error.BINS), np.int64)
+    if scheme.inverse or q.bias is not None:
+        q = _unpacked(q, packing, x.shape[1])
+        error.of_values(x, dequantize(q, scheme), q, scheme, member, out, bins)
+    else:
+        _measure(x, q, scheme, packing, outer, out, member, bins)
+    return out, bins
+
+
+def _unpacked(q: Quantized, packing: Packing, cols: int) -> Quantized:
+    if packing.kind != "words":
+        return q
+    half = 1 << (packing.bits - 1)
+    return replace(q, codes=unpack_words(q.codes, packing.bits, cols, half))
+
+
+def _measure(
+    x: Array, q: Quantized, scheme: Scheme, packing: Packing, outer: Array | None, out: Array,
+    member: Array, bins: Array,
+) -> None:  # fmt: skip
+    """Run the kernel of ``error.sums``; detailed where there are members."""
     if scheme.whole_tensor:
         assert outer is not None
         scale = outer.reshape(-1, 1)
@@ -168,25 +205,27 @@ def energies(
         codes = pack_nibbles(codes)
     zeroed = q.zero_point is not None
     zero = scale if q.zero_point is None else q.zero_point.astype(np.float32)
-    out = np.empty((len(x), 2))
-    sums = error.sums(scheme.element, paired, zeroed)
-    sums(_as_bits(x), codes, flip, scale, zero, g, br, bc, out)
-    return out
+    reach = np.float32(error.reach(scheme) * (2 if scheme.element == "e2m1" else 1))  # of halves
+    sums = error.sums(scheme.element, paired, zeroed, len(member) > 0)
+    sums(_as_bits(x), codes, flip, scale, zero, g, br, bc, out, reach, member, bins)
 
 
 def warm_up(
-    scheme: Scheme, packing: Packing, dtype: np.dtype[Any], numerics: Numerics, stats: bool = False
-) -> None:
+    scheme: Scheme, packing: Packing, dtype: np.dtype[Any], numerics: Numerics,
+    stats: bool = False, details: bool = False,
+) -> None:  # fmt: skip
     """Compile what ``quantize`` of such a weight runs, or load it from the cache.
 
-    With ``stats`` what ``energies`` runs as well.
+    With ``stats`` what ``energies`` runs as well, with ``details`` what ``losses`` does instead.
     """
     x = np.zeros((1, (128 if scheme.block[1] < 0 else scheme.block[1]) * scheme.stride), dtype)
     if scheme.needs_amax:
         amax(x)
     outer = np.ones(1, np.float32)
     q = quantize(x, scheme, packing, numerics=numerics, outer=outer)
-    if stats:
+    if details:
+        losses(x, q, scheme, packing, outer, np.zeros(1, np.int64))
+    elif stats:
         energies(x, q, scheme, packing, outer)
 
 

@@ -7,10 +7,10 @@ import os
 import sys
 from typing import NoReturn
 
-from . import allocate, compress, convert, look, reindex
+from . import allocate, compress, convert, look, reindex, report
 from .group import cli
 
-__all__ = ["allocate", "cli", "compress", "convert", "look", "main", "reindex"]
+__all__ = ["allocate", "cli", "compress", "convert", "look", "main", "reindex", "report"]
 
 
 def main() -> NoReturn:

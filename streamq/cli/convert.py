@@ -12,6 +12,7 @@ import click
 from .allocate import allocated, is_allocated, refuse_beside_target, target_options
 from .group import cli
 from .options import options_of, scheme_options, settings_of
+from .report import of_conversion, report_option
 
 
 class Wanted(NamedTuple):
@@ -123,6 +124,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 )
 @click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
+@report_option
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
@@ -136,14 +138,21 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     from streamq.converting import check_outputs, convert_all, held_by, workers_of
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
+    from streamq.report import check_target, write
 
     wanted = _wanted(dst, o)
     if dst is None and not o["to"] and not o["dry_run"]:
         raise click.UsageError("Missing argument 'DST'.")
+    if o["page"] and (o["to"] or o["dry_run"]):
+        raise click.UsageError(
+            "--report is of one conversion; for an output that is there, use `streamq report`."
+        )
     if o["dry_run"]:
         _plan(src, wanted, o)
         return
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    if o["page"]:
+        check_target(Path(o["page"]))
     for w in wanted:
         refuse_overlap(src, w.dst or "")
     with open_checkpoint(src) as source:
@@ -156,6 +165,9 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
             summaries = convert_all(source, outputs, settings_of(o, advance, say))
+        if o["page"]:
+            found = of_conversion(source, src, outputs[0], summaries[0])
+            write(Path(o["page"]), found)
     done = list(zip(outputs, summaries, strict=True))
     if o["as_json"]:
         made = [show.summary_json(output, summary) for output, summary in done]

@@ -10,6 +10,7 @@ from streamq.errors import VerifyError
 
 from .compress import inspect_compressed, verify_compressed
 from .group import cli
+from .report import check_page, report_option, verified
 
 
 @cli.command()
@@ -46,9 +47,12 @@ def inspect(src: str, as_json: bool) -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
 @click.option("--recipe", type=click.Path(), help="That of DST, if it declares groups or experts.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
-def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    dst: str, source: str | None, recipe: str | None, page: str | None, as_json: bool, quiet: bool
+) -> None:
     """Check the quantized checkpoint DST; with --source, every byte of it.
 
     Its files are compared with the checksums in its streamq.json. With --source it is converted
@@ -71,6 +75,8 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
             raise click.UsageError(f"--source is for checkpoints, and {dst} is compressed.")
         verify_compressed(dst, as_json, quiet)
         return
+    if page:
+        check_page(page, source)
     rows = load(recipe) if recipe else None
 
     with open_checkpoint(source) if source else nullcontext() as original:
@@ -100,6 +106,8 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
         if source:
             for line in show.quality_lines(report.quality):
                 click.echo(line)
+    if page and source:
+        verified(page, source, dst, report.failures, quiet or as_json, rows)
     if report.failures:
         for failure in report.failures:
             click.echo(f"failed: {failure}", err=True)

@@ -111,7 +111,9 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     """The Settings of a command line."""
     from streamq.converting import Settings
 
+    details = o.get("page") is not None
     return Settings(
         o["workers"], o["max_memory"], not o.get("no_sync", False), o.get("overwrite", False),
-        o.get("stats", False), progress, notify, o.get("restart", False), o.get("sha256", False),
+        o.get("stats", False) or details, details, progress, notify, o.get("restart", False),
+        o.get("sha256", False),
     )  # fmt: skip

@@ -40,9 +40,10 @@ class Settings:
 
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
     all workers. ``sync``: flush to disk before an output appears. ``overwrite``: replace
-    what is there, once the new one is complete. ``stats``: measure what the weights lose.
-    ``progress``: see ``Progress``. ``notify``: told sentences for people. ``restart``: discard
-    what an interrupted run left. ``sha256``: note that of every file as well.
+    what is there, once the new one is complete. ``stats``: measure what the weights lose,
+    with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
+    sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
+    that of every file as well.
     """
 
     workers: int | None = None
@@ -50,6 +51,7 @@ class Settings:
     sync: bool = True
     overwrite: bool = False
     stats: bool = False
+    details: bool = False
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None
     restart: bool = False
@@ -114,10 +116,10 @@ def convert_all(
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
-        run = Run(source, work, workers, progress, s.stats)
+        run = Run(source, work, workers, progress, s.stats, s.details)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
         if run.unmeasured:
-            _say(s, "what an earlier run without --stats has done is not in the figures")
+            _say(s, "what an earlier run did without the same --stats or --report is not in the figures")
         backend = run.run(lambda: _load_kernels([plan for plan, _ in work], s)).NAME
         for output, target in pairs:
             finish(source, output.plan, target, progress)
@@ -170,7 +172,7 @@ def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -
     work = [] if plan.verbatim else [(plan, target)]
     wanted = settings.workers or default_workers()
     workers = plan.workers_within(wanted, settings.max_memory)
-    run = Run(source, work, workers, progress, settings.stats)
+    run = Run(source, work, workers, progress, settings.stats, settings.details)
     run.run(lambda: _load_kernels([plan for plan, _ in work], settings))
     finish(source, plan, target, progress)
     return run.measured[0][0] if run.measured else None
@@ -255,7 +257,8 @@ def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
             for shard in plan.shards for w in shard.weights for layout in w.layouts
             if w.target.origin != "codes" and not w.scheme.is_float
         }:  # fmt: skip
-            cpu.warm_up(target.scheme, packing, dtype, target.numerics, settings.stats)
+            how = target.numerics, settings.stats, settings.details
+            cpu.warm_up(target.scheme, packing, dtype, *how)
     finally:
         timer.cancel()
     return cpu

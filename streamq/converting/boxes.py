@@ -142,14 +142,19 @@ class Tally:
     def note(self) -> dict[str, Any]:
         """What was counted, for ``take``."""
         found: dict[str, Any] = {"rounded": self.rounded} if self.rounded else {}
-        return {**found, "quality": self.quality.sums()} if self.quality is not None else found
+        return {**found, "quality": self.quality.note()} if self.quality is not None else found
 
     def take(self, note: dict[str, Any]) -> None:
         """Count what another has counted; weights that it did not measure are not counted."""
         self.round(note.get("rounded", 0))
-        if self.quality is not None:
-            for name, signal, noise in note.get("quality", []):
-                self.quality.add(name, signal, noise)
+        if self.quality is not None and "quality" in note:
+            self.quality.take(note["quality"])
+
+    def is_whole(self, note: dict[str, Any]) -> bool:
+        """Whether another has counted all that is asked for here."""
+        if self.quality is None:
+            return True
+        return "quality" in note and (not self.quality.detailed or "bins" in note["quality"])
 
 
 class Sink(NamedTuple):
@@ -169,7 +174,8 @@ class ShardSink(NamedTuple):
     def unit(self, key: str) -> Iterator[Sink]:
         """A sink for what counts as done together, when the context is left without an error."""
         unit = self.shard.unit(key)
-        tally = Tally(Quality() if self.tally.quality is not None else None)
+        over = self.tally.quality
+        tally = Tally(None if over is None else Quality(over.detailed))
         yield Sink(unit, tally)
         note = tally.note()
         self.tally.take(note)

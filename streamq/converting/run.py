@@ -62,12 +62,13 @@ class Run:
         workers: int,
         progress: Progress,
         stats: bool,
+        details: bool,
     ) -> None:
         self._source = source
         self._workers = workers
         self._progress = progress
         self._memory = max((plan.slab_memory for plan, _ in work), default=0)
-        self._tallies = [Tally(Quality() if stats else None) for _ in work]
+        self._tallies = [Tally(Quality(details) if stats else None) for _ in work]
         self._shards = [
             (shard, destination, tally)
             for (plan, destination), tally in zip(work, self._tallies, strict=True)
@@ -136,7 +137,7 @@ class Run:
             for note in notes:
                 tally.take(note)
             if shard.weights and tally.quality is not None:  # each unit has a note of it
-                self.unmeasured |= sum("quality" in note for note in notes) < len(done[-1])
+                self.unmeasured |= sum(map(tally.is_whole, notes)) < len(done[-1])
 
         def wanted(number: int, key: str) -> bool:
             return key not in done[number]

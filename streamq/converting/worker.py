@@ -201,10 +201,17 @@ class Worker:
     ) -> None:  # fmt: skip
         """Note what the codes of a slab lost."""
         weights = slab.weights
+        names = [weights.sources[member].name for member in slab.members.tolist()]
+        if quality.detailed:
+            rows = (slab.ends - slab.begins) // slab.width
+            member = np.repeat(np.arange(len(rows)), rows)
+            sums, bins = self._kernels.losses(x, q, weights.scheme, packing, above, member)
+            quality.add_losses(names, sums.tolist(), bins)
+            return
         rows = self._kernels.energies(x, q, weights.scheme, packing, above)
         sums = np.add.reduceat(rows, slab.begins // slab.width).tolist()
-        for member, (signal, noise) in zip(slab.members.tolist(), sums, strict=True):
-            quality.add(weights.sources[member].name, signal, noise)
+        for name, (signal, noise) in zip(names, sums, strict=True):
+            quality.add(name, signal, noise)
 
     def copy(
         self, file: str, start: int, offset: int, nbytes: int, name: str, shard: Writer

@@ -156,15 +156,8 @@ def _compare_weight(
     if isinstance(origin, Stored):  # a repacked scale may be rounded to f16 or bf16
         ulp += 2.0**-8
     cols = s.layout.cols
-    for first, rows in _slabs(s, t, origin):
-        if origin is not None and not isinstance(origin, Stored):
-            w = origin.read(source, first, rows).astype(np.float32)
-        elif origin is not None:
-            w = dequantize(read_rows(source, origin, first, rows), origin.scheme)
-        else:
-            at = first * cols * dtype.itemsize
-            raw = bytes_of(source, t, at, rows * cols * dtype.itemsize)
-            w = np.frombuffer(raw, dtype).reshape(rows, cols).astype(np.float32)
+    for first, rows in slabs_of(s, t, origin):
+        w = source_rows(source, t, origin, first, rows, cols).astype(np.float32)
         q = read_rows(out, s, first, rows)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             error = w - dequantize(q, scheme)
@@ -180,7 +173,21 @@ def _compare_weight(
     return failure, signal, noise
 
 
-def _slabs(s: Stored, t: TensorInfo, origin: Where | None) -> Iterator[tuple[int, int]]:
+def source_rows(
+    source: Checkpoint, t: TensorInfo, origin: Where | None, first: int, rows: int, cols: int
+) -> Array:
+    """Some rows of a float weight ``[rows, cols]`` of the source; values of codes as f32."""
+    if isinstance(origin, Stored):
+        return dequantize(read_rows(source, origin, first, rows), origin.scheme)
+    if origin is not None:
+        return origin.read(source, first, rows)
+    width = cols * DTYPES[t.dtype].itemsize
+    raw = bytes_of(source, t, first * width, rows * width)
+    return np.frombuffer(raw, DTYPES[t.dtype].numpy).reshape(rows, cols)
+
+
+def slabs_of(s: Stored, t: TensorInfo, origin: Where | None) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of what is looked at in one go, of output and source."""
     step = lcm(s.row_step, origin.row_step if origin else 1)
     height = slab_rows(step, s.layout.cols * DTYPES[t.dtype].itemsize, SLAB if origin else 1 << 20)
     for first in range(0, s.layout.rows, height):
