@@ -148,11 +148,16 @@ def reindex(
 
 
 def verify(
-    dst: Path, source: Path | None = None, *, recipe: Path | Mapping[str, Any] | None = None
+    dst: Path,
+    source: Path | None = None,
+    *,
+    recipe: Path | Mapping[str, Any] | None = None,
+    check_tp: Iterable[int] = (),
 ) -> Report:
     """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``.
 
     ``recipe``: that of ``dst``, where it declares fused groups or layouts of experts.
+    ``check_tp``: numbers of tensor-parallel ranks; what they would cut are warnings.
     """
     from contextlib import nullcontext
 
@@ -162,7 +167,7 @@ def verify(
 
     rows = load(recipe) if recipe is not None else None
     with open_checkpoint(source) if source is not None else nullcontext() as original:
-        return run(dst, original, recipe=rows)
+        return run(dst, original, recipe=rows, check_tp=tuple(check_tp))
 
 
 def open(path: Path) -> Tensors:

@@ -107,10 +107,11 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> Checkpoint:
     """Open a directory with an index, one with shards alone, or a single file.
 
     Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
+    Without ``use_index`` all shards of a directory count, whatever its index says.
     """
     path = Path(src)
     if path.is_file():
@@ -122,7 +123,7 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     others, oddities = _other_files(path), []
     shards = sorted(p.name for p in path.glob("*.safetensors"))
-    index_path = _find_index(path)
+    index_path = _find_index(path) if use_index else None
     index = None
     if index_path is not None:
         index = _read_index(index_path)

@@ -9,6 +9,7 @@ import click
 from streamq.errors import VerifyError
 
 from .group import cli
+from .options import ranks
 
 
 @cli.command()
@@ -42,12 +43,22 @@ def inspect(src: str, as_json: bool) -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
 @click.option("--recipe", type=click.Path(), help="That of DST, if it declares groups or experts.")
+@click.option(
+    "--check-tp",
+    callback=ranks,
+    metavar="N,N,...",
+    help="Warn of blocks and groups that so many tensor-parallel ranks would cut.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
-def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    dst: str, source: str | None, recipe: str | None, check_tp: tuple[int, ...], as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
     """Check the quantized checkpoint DST; with --source, every element of it.
 
-    Exit code 3 if anything fails.
+    What loaders would make of it is part of it (docs/loaders.md): faults fail, and exit code 3
+    says so; what only some loader cannot do is a warning.
     """
     from contextlib import nullcontext
 
@@ -63,11 +74,15 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
     with open_checkpoint(source) if source else nullcontext() as original:
         total = original.nbytes if original else 0
         with progress(total, "verifying", quiet or as_json or not original) as advance:
-            report = run(dst, original, recipe=rows, workers=default_workers(), progress=advance)
+            report = run(
+                dst, original, recipe=rows, check_tp=check_tp, workers=default_workers(),
+                progress=advance,
+            )  # fmt: skip
     if as_json:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
             "quantized": report.quantized, "failures": report.failures,
+            "warnings": report.warnings, "loaders": [f._asdict() for f in report.findings],
             **show.quality_json(report.quality),
         }))  # fmt: skip
     elif not report.failures and not quiet:
@@ -78,6 +93,9 @@ def verify(dst: str, source: str | None, recipe: str | None, as_json: bool, quie
             click.echo("every element within its bound")
             for line in show.quality_lines(report.quality):
                 click.echo(line)
+    if not as_json and not quiet:
+        for warning in report.warnings:
+            click.echo(f"warning: {warning}")
     if report.failures:
         for failure in report.failures:
             click.echo(f"failed: {failure}", err=True)
