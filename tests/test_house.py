@@ -22,7 +22,7 @@ FLOORS = [
     {"stored"},
     {"planning"},
     {"converting", "measure", "reindexing", "verifying", "progress"},
-    {"allocate"},
+    {"allocate", "repairing"},
     {"show", "api"},
     {"cli"},
 ]

@@ -7,10 +7,10 @@ import os
 import sys
 from typing import NoReturn
 
-from . import allocate, convert, look, reindex
+from . import allocate, convert, look, reindex, repair
 from .group import cli
 
-__all__ = ["allocate", "cli", "convert", "look", "main", "reindex"]
+__all__ = ["allocate", "cli", "convert", "look", "main", "reindex", "repair"]
 
 
 def main() -> NoReturn:

@@ -19,10 +19,13 @@ from .names import moved_modules, renamed, respelled
 from .placing import Placed, cuts_of, lay_out, metadata_of
 from .run import Progress, reindex
 from .splitting import split
-from .types import Options, Out, Plan, Shard, Summary, whole
+from .types import Options, Out, Plan, Shard, Summary, Translated, whole
 from .weights import Made
 
-__all__ = ["Options", "Plan", "Progress", "Summary", "make_plan", "reindex"]
+__all__ = [
+    "Options", "Placed", "Plan", "Progress", "Summary", "Translated", "lay_out", "make_plan",
+    "reindex", "whole",
+]  # fmt: skip
 
 #: ModelOpt's older place for its quantization.
 _BESIDE = "hf_quant_config.json"

@@ -16,7 +16,7 @@ import numpy as np
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.writer import Destination, ShardWriter, check_destination
 
-from .types import Copy, Gather, Piece, Plan, Shard, Summary, Task, Transpose
+from .types import Copy, Gather, Piece, Plan, Shard, Summary, Task, Translate, Transpose
 
 #: Told of bytes done, and of the tensor that they belong to.
 Progress = Callable[[int, str], None]
@@ -159,6 +159,8 @@ class _Run:
             self._progress(task.nbytes, task.name)
         elif isinstance(task, Gather):
             self._gather(task, writer)
+        elif isinstance(task, Translate):
+            self._translate(task, writer)
         else:
             self._transpose(task, writer)
 
@@ -187,6 +189,16 @@ class _Run:
         raw = np.empty((lines - 1) * p.step + p.width, np.uint8)
         self._source.pread(p.file, start, raw.data)
         into[:] = np.lib.stride_tricks.as_strided(raw, into.shape, (p.step, 1))
+
+    def _translate(self, t: Translate, writer: ShardWriter) -> None:
+        """Write bytes through a table, some at a time."""
+        for done in range(0, t.nbytes, GATHER):
+            if self._stop.is_set():
+                raise _Stopped
+            piece = bytearray(min(GATHER, t.nbytes - done))
+            self._source.pread(t.file, t.start + done, memoryview(piece))
+            writer.put(t.offset + done, memoryview(piece.translate(t.table)))
+            self._progress(len(piece), t.name)
 
     def _transpose(self, t: Transpose, writer: ShardWriter) -> None:
         """Write the rows of a matrix whose columns lie in lines, some at a time."""

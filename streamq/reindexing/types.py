@@ -52,8 +52,16 @@ class Piece(NamedTuple):
     stride: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A tensor of bytes, each of which becomes the one at its place in ``table`` of 256."""
+
+    table: bytes
+
+
 class Out(NamedTuple):
-    """An output tensor: pieces of the source, a few bytes that are known, or a transposed view.
+    """An output tensor: pieces of the source, a few bytes that are known, a transposed view, or
+    the tensor at ``start`` of ``file`` translated.
 
     ``file`` and ``start``: where it stands in the order of the source.
     """
@@ -61,7 +69,7 @@ class Out(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    content: tuple[Piece, ...] | bytes | View
+    content: tuple[Piece, ...] | bytes | View | Translated
     file: str
     start: int
 
@@ -115,7 +123,18 @@ class Transpose(NamedTuple):
     name: str
 
 
-Task = Copy | Gather | Transpose
+class Translate(NamedTuple):
+    """A run of bytes of a source file that go through a table of 256."""
+
+    offset: int
+    file: str
+    start: int
+    nbytes: int
+    table: bytes
+    name: str
+
+
+Task = Copy | Gather | Transpose | Translate
 
 
 @dataclass(frozen=True, slots=True)

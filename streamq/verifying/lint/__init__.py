@@ -8,9 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import config, files, scales
-from .facts import Facts, Rule, Severity
+from .facts import Facts, Fusion, Rule, Severity
+from .files import MARKS
+from .scales import GLOBAL, INPUT, unequal
 
-__all__ = ["RULES", "Facts", "Finding", "Rule", "lint"]
+__all__ = [
+    "GLOBAL", "INPUT", "MARKS", "RULES", "Facts", "Finding", "Fusion", "Rule", "lint", "unequal",
+]  # fmt: skip
 
 RULES: tuple[Rule, ...] = (*scales.RULES, *config.RULES, *files.RULES)
 

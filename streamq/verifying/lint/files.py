@@ -10,15 +10,13 @@ from streamq.tensors import TensorInfo
 from .facts import INDEX, Facts, Rule
 
 #: What the format of a file may be for transformers 4.
-_FORMATS = ("pt", "tf", "flax", "mlx")
+MARKS = ("pt", "tf", "flax", "mlx")
 _HEADS = ("lm_head", "embed_out", "output")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
 
 
 def _without_format(facts: Facts) -> list[str]:
-    return [
-        f for f, said in facts.checkpoint.metadata.items() if said.get("format") not in _FORMATS
-    ]
+    return [f for f, said in facts.checkpoint.metadata.items() if said.get("format") not in MARKS]
 
 
 def _map(facts: Facts) -> dict[str, Any]:
