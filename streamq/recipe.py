@@ -25,6 +25,9 @@ LAYOUTS = {
 
 Given = str | os.PathLike[str] | Mapping[str, Any]
 
+#: Largest recipe, in bytes; one rule for each of 100,000 modules has 8 MB.
+MAX_RECIPE = 32_000_000
+
 _WILD = re.compile(r"[*?\[\]]")
 
 
@@ -107,10 +110,14 @@ def load(given: Given, scales: str = "absmax") -> Recipe:
         return _recipe(_Table(given, "recipe"), scales)
     path = Path(given)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECIPE + 1)
+        text = raw.decode()
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise PlanError(f"the recipe {path} cannot be read: {why}.") from None
+    if len(raw) > MAX_RECIPE:
+        raise PlanError(f"the recipe {path} has more than {MAX_RECIPE} bytes.")
     found = _yaml(path, text) if path.suffix in (".yaml", ".yml") else _toml(path, text)
     return _recipe(_Table(found, f"recipe {path.name}"), scales)
 
@@ -118,7 +125,7 @@ def load(given: Given, scales: str = "absmax") -> Recipe:
 def _toml(path: Path, text: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also numbers of thousands of digits
         raise PlanError(f"the recipe {path} is not valid TOML: {e}.") from None
 
 
@@ -131,8 +138,11 @@ def _yaml(path: Path, text: str) -> Mapping[str, Any]:
             "write it in TOML."
         ) from None
     try:
+        # A few lines of aliases can stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise PlanError(f"the recipe {path} has YAML aliases (*name); write them out.")
         found = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise PlanError(f"the recipe {path} is not valid YAML: {' '.join(str(e).split())}.") from (
             None
         )

@@ -1,7 +1,8 @@
 """The read side: headers first, then bytes into buffers that the caller owns."""
 
+from .files import read_json
 from .header import MAX_HEADER, read_header
-from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint, read_json
+from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint
 
 __all__ = [
     "CONFIG", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint", "open_checkpoint", "read_header",

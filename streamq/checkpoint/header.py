@@ -19,14 +19,21 @@ import numpy as np
 from streamq.errors import CheckpointError
 from streamq.tensors import DTYPES, TensorInfo
 
+from .files import Stamp, stamp_of
+
 #: Longest header the format allows, in bytes (safetensors MAX_HEADER_SIZE).
 MAX_HEADER = 100_000_000
+#: Longest name of a tensor, in characters; the format has no limit, paths and terminals do.
+MAX_NAME = 4096
 _U64 = (1 << 64) - 1
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class Header:
     """The tensors of one file, in the order of their data, their bytes, its ``__metadata__``."""
+
+    #: Of the file that it was read from.
+    stamp: Stamp | None = None
 
     def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str], nbytes: int) -> None:
         self.tensors = tensors
@@ -44,7 +51,8 @@ def read_header(path: str, file: str) -> Header:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be opened: {e.strerror}.") from e
     try:
-        size = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        size = found.st_size
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
         if size < 8:
             raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file.")
@@ -58,7 +66,9 @@ def read_header(path: str, file: str) -> Header:
                 f"{file}: its header needs {8 + length} bytes, the file has {size}; "
                 "it is truncated, download it again."
             )
-        return parse_header(os.pread(fd, length, 8), file, size)
+        header = parse_header(os.pread(fd, length, 8), file, size)
+        header.stamp = stamp_of(found)
+        return header
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
     finally:
@@ -92,6 +102,7 @@ def _columns(entries: dict[str, Any], file: str, base: int, size: int) -> list[T
             or set(map(type, chain(shapes, spans))) != {list}
             or set(map(type, chain.from_iterable(chain(shapes, spans)))) != {int}
             or not _is_text("".join(entries))
+            or max(map(len, entries)) > MAX_NAME
         ):
             return []
         kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
@@ -148,6 +159,11 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, Tens
         )
     if not _is_text(name):
         raise CheckpointError(f"{file}: the name {name!r} is not valid Unicode.")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{file}: the name of tensor {name[:60] + '...'!r} has {len(name)} characters, at most "
+            f"{MAX_NAME} are read."
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     row = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if row is None:

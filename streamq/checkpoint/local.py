@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -11,9 +10,12 @@ from typing import Any
 from streamq.errors import CheckpointError
 from streamq.tensors import TensorInfo
 
+from .files import leads_out, read_json, stamp_of
 from .header import Header, read_header
 
 CONFIG = "config.json"
+#: Most tensors of a checkpoint; published ones have some 200,000.
+MAX_TENSORS = 2_000_000
 INDEX_SUFFIX = ".safetensors.index.json"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
 _WEIGHT_SUFFIXES = (
@@ -45,6 +47,7 @@ class Checkpoint:
         self.config = config
         self.others = others
         self.oddities = oddities
+        self._stamps = {file: header.stamp for file, header in headers.items()}
         self.nbytes = sum(header.nbytes for header in headers.values())
         self.tensors: dict[str, TensorInfo] = {}
         for header in headers.values():
@@ -94,6 +97,19 @@ class Checkpoint:
                 )
             done += n
 
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError for a shard that is not the one whose header was read."""
+        for file, stamp in self._stamps.items():
+            try:
+                found = stamp_of(os.stat(self.root / file))
+            except OSError as e:
+                raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
+            if stamp is not None and found != stamp:
+                raise CheckpointError(
+                    f"{file}: changed while it was read, so that old and new bytes may be mixed; "
+                    "run again when nothing writes to it."
+                )
+
     def close(self) -> None:
         """Close all descriptors."""
         for fd in self._fds.values():
@@ -115,13 +131,16 @@ def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> C
     """
     path = Path(src)
     if path.is_file():
-        config = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
+        config = _read_config(path.parent)
         others = [CONFIG] if config else []
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    others, oddities = _other_files(path), []
+    config = _read_config(path)
+    others, elsewhere = _other_files(path)
+    oddities = []
+    if elsewhere:
+        oddities.append(f"{', '.join(elsewhere)}: links out of the directory, not copied")
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     index_path = _find_index(path) if use_index else None
     index = None
@@ -150,7 +169,13 @@ def _open(
             raise CheckpointError(
                 f"{name}: named by the index but not in {root}; the download is incomplete."
             )
-    headers = {name: read_header(str(root / name), name) for name in shards}
+    headers: dict[str, Header] = {}
+    count = 0
+    for name in shards:
+        headers[name] = read_header(str(root / name), name)
+        count += len(headers[name].tensors)
+        if count > MAX_TENSORS:
+            raise CheckpointError(f"{root}: more than {MAX_TENSORS} tensors, which none has.")
     unmarked = [name for name, header in headers.items() if "format" not in header.metadata]
     if unmarked:
         oddities.append(f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it")
@@ -201,26 +226,26 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"{path.name}: cannot be read: {e.strerror}.") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path.name}: is not valid JSON ({e}).") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: must hold a JSON object.")
-    return value
+def _read_config(root: Path) -> dict[str, Any]:
+    """config.json, {} where there is none."""
+    path = root / CONFIG
+    if not path.is_file():
+        return {}
+    if leads_out(root, path):
+        raise CheckpointError(
+            f"{CONFIG}: is a link to {os.path.realpath(path)}, out of {root}; put a copy in its "
+            "place."
+        )
+    return read_json(path)
 
 
-def _other_files(root: Path) -> list[str]:
-    """Files to copy: all but weights and hidden ones; links are followed (the Hub cache)."""
-    found = []
+def _other_files(root: Path) -> tuple[list[str], list[str]]:
+    """Files to copy: all but weights and hidden ones; and those that ``leads_out`` is true of."""
+    found, elsewhere = [], []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
             if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-                found.append(str(path.relative_to(root)))
-    return found
+                (elsewhere if leads_out(root, path) else found).append(str(path.relative_to(root)))
+    return found, elsewhere

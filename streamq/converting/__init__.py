@@ -103,6 +103,7 @@ def convert_all(
         backend = run.run(lambda: _load_kernels([plan for plan, _ in work], settings)).NAME
         for output, target in zip(outputs, targets, strict=True):
             _finish(source, output.plan, target, progress)
+        source.refuse_changed()
         for target in targets:
             target.commit()
     except BaseException as e:

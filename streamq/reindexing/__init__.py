@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from streamq.checkpoint import CONFIG, Checkpoint
-from streamq.checkpoint.local import read_json
+from streamq.checkpoint import CONFIG, Checkpoint, read_json
 from streamq.errors import CheckpointError
 from streamq.formats import format_of
 

@@ -60,6 +60,7 @@ def reindex(
             target.write_text(INDEX, plan.index())
         for name, value in sorted(plan.files.items(), key=lambda item: item[0] == CONFIG):
             target.write_json(name, value)
+        source.refuse_changed()
         target.commit()
     except BaseException as e:
         if target.partial.exists():

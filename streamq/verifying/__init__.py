@@ -80,6 +80,12 @@ def verify(
         if source is not None:
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
+        for read in (checkpoint, source):
+            try:
+                if read is not None:
+                    read.refuse_changed()
+            except CheckpointError as e:
+                report.failures.append(str(e))
     return report
 
 
