@@ -1,4 +1,4 @@
-"""Input that is too large, too deep or leads elsewhere: one sentence, and nothing of it gets out."""
+"""Input that is too large, too deep or leads elsewhere: one sentence, and nothing gets out."""
 
 import json
 import os
@@ -80,7 +80,8 @@ BAD = {
         lambda f: (f / "config.json").write_bytes(b'{"a":"\xe4"}'), "is not valid JSON",
     ),
     "index with a tensor twice": (
-        text(INDEX, '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}'), "the key 'a' twice",
+        text(INDEX, '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}'),
+        "the key 'a' twice",
     ),
     "shard above": (shard_of("../model.safetensors"), "'../model.safetensors' leads out"),
     "shard elsewhere": (shard_of("/tmp/x.safetensors"), "'/tmp/x.safetensors' leads out"),

@@ -9,6 +9,11 @@ from fnmatch import translate
 from streamq.errors import PlanError
 
 
+#: What the compiler raises for a text that is no regex: also for ``a{9999999999}`` and for
+#: thousands of brackets.
+BAD_REGEX = (re.error, OverflowError, RecursionError)
+
+
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     """One test for several patterns over module names: globs, or ``re:`` and a regex.
 
@@ -24,7 +29,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         if pattern.startswith("re:"):
             return re.compile(pattern[3:])
         return re.compile(translate(pattern))
-    except re.error as e:
+    except BAD_REGEX as e:
         raise PlanError(f"the pattern {pattern!r} is not a valid regex: {e}.") from None
 
 

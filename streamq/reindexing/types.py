@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from streamq.errors import PlanError
+from streamq.families import BAD_REGEX
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.views import View
 from streamq.writer import quoted
@@ -32,7 +33,7 @@ class Options:
         for pattern, to in self.rename:
             try:
                 re.compile(pattern).sub(to, "")  # looks at TO even where nothing matches
-            except (re.error, IndexError) as e:
+            except (*BAD_REGEX, IndexError) as e:
                 raise PlanError(f"--rename {pattern}={to}: not a valid regex: {e}.") from None
 
 

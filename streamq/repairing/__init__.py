@@ -36,6 +36,8 @@ def open_broken(src: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
     Raises CheckpointError where a shard is missing or damaged, which nothing can repair.
     """
     root = Path(src)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such directory.")
     try:
         checkpoint = open_checkpoint(root)
     except CheckpointError as e:

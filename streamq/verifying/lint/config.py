@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from streamq.families import BAD_REGEX
 from streamq.formats import FORMATS
 from streamq.stored import Stored
 
@@ -136,7 +137,7 @@ def _left_out_by_ends(facts: Facts) -> list[str]:
             try:
                 if re.match(entry, name) or name.endswith(entry):
                     return True
-            except re.error:
+            except BAD_REGEX:
                 return True  # transformers stops there
         return False
 
