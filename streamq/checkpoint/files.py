@@ -69,9 +69,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _strings_in(value: dict[str, Any], name: str) -> int:
     """How many keys and texts there are. Raises CheckpointError for what is nested too deep."""
-    strings, level = 0, [value]
+    strings = 0
+    level: list[dict[str, Any] | list[Any]] = [value]
     for _ in range(MAX_DEPTH):
-        deeper = []
+        deeper: list[dict[str, Any] | list[Any]] = []
         for found in level:
             if isinstance(found, dict):
                 strings += len(found)

@@ -241,7 +241,8 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 def _other_files(root: Path) -> tuple[list[str], list[str]]:
     """Files to copy: all but weights and hidden ones; and those that ``leads_out`` is true of."""
-    found, elsewhere = [], []
+    found: list[str] = []
+    elsewhere: list[str] = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):

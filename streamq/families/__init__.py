@@ -18,8 +18,9 @@ from .left_alone import GENERIC, LEFT_ALONE, MTP_LAYERS, LeftAlone, applies
 from .names import BAD_REGEX, collapse, matcher
 
 __all__ = [
-    "BAD_REGEX", "EXPERT_LAYOUTS", "FUSED_GROUPS", "GENERIC", "LEFT_ALONE", "MTP_LAYERS", "ExpertLayout",
-    "Family", "FusedGroup", "LeftAlone", "collapse", "expert_name", "is_expert_stack", "matcher",
+    "BAD_REGEX", "EXPERT_LAYOUTS", "FUSED_GROUPS", "GENERIC", "LEFT_ALONE", "MTP_LAYERS",
+    "ExpertLayout", "Family", "FusedGroup", "LeftAlone", "collapse", "expert_name",
+    "is_expert_stack", "matcher",
 ]  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from fnmatch import translate
 
 from streamq.errors import PlanError
 
-
 #: What the compiler raises for a text that is no regex: also for ``a{9999999999}`` and for
 #: thousands of brackets.
 BAD_REGEX = (re.error, OverflowError, RecursionError)

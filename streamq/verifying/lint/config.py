@@ -147,7 +147,7 @@ def _left_out_by_ends(facts: Facts) -> list[str]:
 def _unreadable(facts: Facts) -> list[str]:
     """The method, where one is named that none of the formats is."""
     method = facts.quantization.get("quant_method")
-    known = {f.method for f in FORMATS.values()}
+    known = [f.method for f in FORMATS.values()]
     return [] if facts.found or method is None or method in known else [str(method)]
 
 
