@@ -6,10 +6,12 @@ crash to the directory that it runs in; ``tests/corpus/<target>`` is where it be
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
 import atheris
+from mutate import mutated
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +23,26 @@ with atheris.instrument_imports(include=[
     from targets import TARGETS
 
 
+#: Bytes before the JSON of an input.
+AHEAD = {"header": 1, "index": 0, "config": 1}
+
+
+def mutator_of(name: str) -> dict[str, object]:
+    """Half of the mutations of JSON are those of its values."""
+    if name not in AHEAD:
+        return {}
+    ahead, words = AHEAD[name], set[str]()
+
+    def mutator(data: bytes, max_size: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        new = mutated(data[ahead:], rng, words) if rng.random() < 0.5 else None
+        if new is None:
+            return bytes(atheris.Mutate(data, max_size))
+        return (data[:ahead] + new)[:max_size]
+
+    return {"custom_mutator": mutator}
+
+
 def main() -> None:
     """Run libFuzzer on the target that is named first."""
     name, *options = sys.argv[1:]
@@ -28,7 +50,9 @@ def main() -> None:
     found.mkdir(parents=True, exist_ok=True)
     corpus = ROOT / "tests" / "corpus" / name
     words = f"-dict={ROOT / 'fuzz' / 'words.dict'}"
-    atheris.Setup([sys.argv[0], str(found), str(corpus), words, *options], TARGETS[name])
+    atheris.Setup(
+        [sys.argv[0], str(found), str(corpus), words, *options], TARGETS[name], **mutator_of(name)
+    )
     atheris.Fuzz()
 
 

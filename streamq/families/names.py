@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import translate
+from functools import lru_cache
 
 from streamq.errors import PlanError
 
@@ -23,6 +24,7 @@ def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: any(t.match(name) for t in tests)
 
 
+@lru_cache(4096)  # the tables have the same patterns for every model: 4 ms each time
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         if pattern.startswith("re:"):

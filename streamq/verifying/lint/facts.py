@@ -61,11 +61,13 @@ class Facts:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file beside the shards; None where it is absent or none."""
-        path = self.checkpoint.root / name
-        try:
-            return read_json(path) if path.is_file() else None
-        except CheckpointError:
-            return None
+        if name not in self.known.json:
+            path = self.checkpoint.root / name
+            try:
+                self.known.json[name] = read_json(path) if path.is_file() else None
+            except CheckpointError:
+                self.known.json[name] = None
+        return self.known.json[name]
 
     def fused(self) -> Iterator[Fusion]:
         """Fused groups of which more than one member is quantized."""
@@ -93,6 +95,7 @@ class Known:
 
     fused: list[Fusion] | None = None
     values: dict[str, float] = field(default_factory=dict)
+    json: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 class Fusion(NamedTuple):
