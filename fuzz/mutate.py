@@ -8,8 +8,9 @@ from typing import Any
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 4, 8, 16, 32, 64, 128, 2**31, 2**63, 2**64, 10**30, 0.5,
-    -0.0, float("nan"), float("inf"), "", "x", "re:(", "re:.*", "re:a{9999999999}", "Linear", "lm_head",
-    "*", "[", "\ud800", "a\nb", "../x.safetensors", [], [[]], {}, {"": None}, ["Linear"], [None],
+    -0.0, float("nan"), float("inf"), "", "x", "re:(", "re:.*", "re:a{9999999999}", "Linear",
+    "lm_head", "*", "[", "\ud800", "a\nb", "../x.safetensors", [], [[]], {}, {"": None}, ["Linear"],
+    [None],
 ]  # fmt: skip
 
 Place = tuple[Any, Any]

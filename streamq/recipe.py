@@ -25,8 +25,8 @@ LAYOUTS = {
 
 Given = str | os.PathLike[str] | Mapping[str, Any]
 
-#: Largest recipe, in bytes; one rule for each of 100,000 modules has 8 MB.
-MAX_RECIPE = 32_000_000
+#: Largest recipe, in bytes (one rule for each of 100,000 modules has 8 MB), and how deep it may be.
+MAX_RECIPE, MAX_NESTED = 32_000_000, 16
 
 _WILD = re.compile(r"[*?\[\]]")
 
@@ -138,9 +138,16 @@ def _yaml(path: Path, text: str) -> Mapping[str, Any]:
             "write it in TOML."
         ) from None
     try:
-        # A few lines of aliases can stand for more than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise PlanError(f"the recipe {path} has YAML aliases (*name); write them out.")
+        # A few lines of aliases can stand for more than any memory holds, and 3,000 brackets take
+        # the parser half a minute.
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise PlanError(f"the recipe {path} has YAML aliases (*name); write them out.")
+            if depth > MAX_NESTED:
+                raise PlanError(f"the recipe {path} is nested more than {MAX_NESTED} deep.")
         found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise PlanError(f"the recipe {path} is not valid YAML: {' '.join(str(e).split())}.") from (

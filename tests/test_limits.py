@@ -233,7 +233,7 @@ RECIPES = {
     "objects": ("r.yaml", "scheme: !!python/object:os.system x\n", "is not valid YAML"),
     "a date that is none": ("r.yaml", "scheme: 2001-99-99\n", "is not valid YAML"),
     "a number of 5,000 digits": ("r.yaml", f"scheme: {DIGITS}\n", "is not valid YAML"),
-    "3,000 deep": ("r.yaml", "[" * 3000, "is not valid YAML"),
+    "3,000 deep": ("r.yaml", "[" * 3000, "is nested more than 16 deep"),
     "TOML, a number of 5,000 digits": ("r.toml", f"scheme = {DIGITS}\n", "is not valid TOML"),
     "TOML, 3,000 deep": ("r.toml", "a = " + "[" * 3000, "is not valid TOML"),
 }

@@ -217,7 +217,7 @@ def _read_index(path: Path) -> dict[str, str]:
     files = set(index.values()) if set(map(type, index.values())) == {str} else index.values()
     for file in files:
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            name = next(name for name in index if index[name] == file)
+            name = next(name for name in index if index[name] is file)
             raise CheckpointError(
                 f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
             )

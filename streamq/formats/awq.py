@@ -63,6 +63,8 @@ class Awq(Format):
         """See ``Format.layout``."""
         if rows % 8:
             raise PlanError(f"{rows} rows are no multiple of 8, which {self.name} needs")
+        if cols % scheme.block[1]:
+            raise PlanError(f"{cols} columns are no multiple of the group size {scheme.block[1]}")
         return _layout(rows, cols, dtype, scheme, self.version)
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
