@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -245,6 +246,13 @@ LIMITS = {
 def test_no_rule_finds_anything_in_a_clean_checkpoint(kind, clean):
     report = verify(clean(kind))
     assert (report.failures, {f.rule for f in report.findings}) == ([], LIMITS.get(kind, set()))
+
+
+def test_the_documentation_has_each_rule():
+    text = (Path(__file__).parent.parent / "docs" / "loaders.md").read_text()
+    for r in RULES:
+        formats = ", ".join(r.formats) or "all"
+        assert f"| {r.name} | {r.loader} | {r.severity} | {formats} | {r.says} |\n" in text
 
 
 def test_each_rule_has_a_row_and_a_name_of_its_own():

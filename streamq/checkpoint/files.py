@@ -13,6 +13,9 @@ from streamq.errors import CheckpointError
 #: model has some 20 MB. The parser stops at a depth of about 1,000, and so does the writer, but
 #: only when it comes to it.
 MAX_JSON, MAX_DEPTH = 100_000_000, 64
+#: Most lists and objects in JSON: three for each of 2,000,000 tensors, and some. A list takes 64
+#: bytes in memory and two in a file; 100 MB of empty ones would take 5 GB.
+MAX_LISTS = 8_000_000
 
 
 class Stamp(NamedTuple):
@@ -25,6 +28,12 @@ class Stamp(NamedTuple):
 def stamp_of(found: os.stat_result) -> Stamp:
     """The stamp of a file from its ``stat``."""
     return Stamp(found.st_size, found.st_mtime_ns)
+
+
+def refuse_many(raw: bytes, name: str) -> None:
+    """Raise CheckpointError for JSON with more lists and objects than any file needs."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_LISTS:
+        raise CheckpointError(f"{name}: has more than {MAX_LISTS} lists and objects.")
 
 
 def leads_out(root: Path, path: Path) -> bool:
@@ -54,6 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name}: cannot be read: {e.strerror}.") from e
     if len(raw) > MAX_JSON:
         raise CheckpointError(f"{path.name}: has more than {MAX_JSON} bytes; this is no such file.")
+    refuse_many(raw, path.name)
     try:
         value = json.loads(raw)
         if not isinstance(value, dict):

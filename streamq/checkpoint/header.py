@@ -19,7 +19,7 @@ import numpy as np
 from streamq.errors import CheckpointError
 from streamq.tensors import DTYPES, TensorInfo
 
-from .files import Stamp, stamp_of
+from .files import Stamp, refuse_many, stamp_of
 
 #: Longest header the format allows, in bytes (safetensors MAX_HEADER_SIZE).
 MAX_HEADER = 100_000_000
@@ -167,28 +167,39 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, Tens
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     row = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if row is None:
-        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}.")
+        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {_short(dtype)}.")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{file}: tensor {name!r} has the invalid shape {shape!r}.")
+        raise CheckpointError(f"{file}: tensor {name!r} has the invalid shape {_short(shape)}.")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{file}: tensor {name!r} has invalid data_offsets {offsets!r}.")
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has invalid data_offsets {_short(offsets)}."
+        )
     bits = 1
     for n in (*shape, row.bits):
         bits *= n
         if bits > _U64:  # the crate multiplies in this order with overflow checks
-            raise CheckpointError(f"{file}: the shape {shape} of tensor {name!r} overflows.")
+            raise CheckpointError(
+                f"{file}: the shape {_short(shape)} of tensor {name!r} overflows."
+            )
     start, end = offsets
     if bits % 8 or end - start != bits // 8:
         raise CheckpointError(
-            f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} needs "
+            f"{file}: tensor {name!r} of shape {_short(shape)} and dtype {dtype} needs "
             f"{bits / 8:g} bytes, its data_offsets give {end - start}."
         )
     return base + start, base + end, TensorInfo(name, dtype, tuple(shape), file, base + start)
 
 
+def _short(value: Any) -> str:
+    """A value in messages, which may be of any size."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{file}: its header is not a JSON object.")
+    refuse_many(raw, file)
     try:
         text = raw.decode("utf-8")
         entries: dict[str, Any] = json.loads(text, parse_constant=_no_constant)
