@@ -91,7 +91,7 @@ def _bytes_of(raw: bytes) -> int:
     """The end of the last tensor of a header, if it is one and not far away."""
     try:
         ends = [t["data_offsets"][1] for k, t in json.loads(raw).items() if k != "__metadata__"]
-        return max(0, min(max(ends, default=0), _LARGEST))
+        return int(max(0, min(max(ends, default=0), _LARGEST)))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return 0
 

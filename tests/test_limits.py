@@ -86,7 +86,8 @@ BAD = {
     "shard above": (shard_of("../model.safetensors"), "'../model.safetensors' leads out"),
     "shard elsewhere": (shard_of("/tmp/x.safetensors"), "'/tmp/x.safetensors' leads out"),
     "shard below": (shard_of("a/x.safetensors"), "'a/x.safetensors' leads out"),
-    "shard with a NUL": (shard_of("a\0.safetensors"), "leads out"),
+    "shard with a NUL": (shard_of("a\0.safetensors"), "is no name of a file"),
+    "shard with a line break": (shard_of("a\n.safetensors"), "'a.n.safetensors' leads out"),
     "shard of another kind": (shard_of("config.json"), "not a \\*.safetensors file"),
     "name of 4,097 characters": (
         lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(one(name="n" * 4097)),

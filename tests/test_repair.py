@@ -283,11 +283,11 @@ def test_other_metadata_stays(good, tmp_path):
 BEYOND = {
     "shard missing by its name": (
         lambda f: [p.unlink() for p in (f / INDEX, max(f.glob("*.safetensors")))],
-        "model-00002-of-00002.safetensors: missing from .*download it again",
+        "'model-00002-of-00002.safetensors' is missing from .*download it again",
     ),
     "shard missing by the index": (
         index(lambda i: i["weight_map"].update(ghost="lost.safetensors")),
-        "lost.safetensors: missing from",
+        "'lost.safetensors' is missing from",
     ),
     "shard truncated": (first_shard(lambda old: old[:-7]), "it is truncated"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("["), "config.json"),

@@ -45,7 +45,7 @@ def leads_out(root: Path, path: Path) -> bool:
     if not path.is_symlink():
         return False
     base = Path(os.path.realpath(root))
-    inside = [base, base.parents[1]] if base.parent.name == "snapshots" else [base]
+    inside = [base, base.parents[1] / "blobs"] if base.parent.name == "snapshots" else [base]
     real = Path(os.path.realpath(path))
     return not any(real.is_relative_to(folder) for folder in inside)
 

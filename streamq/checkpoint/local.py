@@ -221,8 +221,10 @@ def _read_index(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
             )
-        if os.path.basename(file) != file or "\0" in file:
-            raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
+        if os.path.basename(file) != file or not file.isprintable():
+            raise CheckpointError(
+                f"{path.name}: {file!r} leads out of the directory, or is no name of a file."
+            )
     return index
 
 
