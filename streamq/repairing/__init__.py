@@ -93,8 +93,8 @@ def _refuse_lost_shards(checkpoint: Checkpoint) -> None:
         lost |= {f for f in named if not (checkpoint.root / f).is_file()}
     if lost:
         raise CheckpointError(
-            f"{min(lost)!r} is missing from {checkpoint.root}, and its tensors with it; download it "
-            "again."
+            f"{min(lost)!r} is missing from {checkpoint.root}, and its tensors with it; download "
+            "it again."
         )
 
 
