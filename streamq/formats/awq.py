@@ -156,7 +156,7 @@ class Awq(Format):
             )
         bits = quantization.get("bits", quantization.get("w_bit", 4))
         if bits != 4:
-            raise CheckpointError(f"config.json: AWQ of {bits} bits is not known, of 4 it is.")
+            raise CheckpointError(f"config.json: AWQ of {bits!r} bits is not known, of 4 it is.")
         group = quantization.get("group_size", quantization.get("q_group_size", 128))
         if not isinstance(group, int) or group < 1:
             raise CheckpointError(f"config.json: AWQ of group_size {group!r} is not known.")
