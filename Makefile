@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint golden bench bench-gpu peers soak oracle browser clean
+.PHONY: demo test test-gpu lint golden bench bench-gpu peers soak fuzz oracle browser clean
 
 EXAMPLE := examples/bytes-llama
 DEMO := .demo/bytes-llama-nvfp4a16
@@ -54,6 +54,14 @@ soak: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK:%=tests/test_%.py)
 	$(BIN)/python tests/kills.py 500
 
+# Each target for FUZZ seconds, guided by coverage; a crash stops it and leaves the input here.
+FUZZ ?= 120
+fuzz: $(addprefix fuzz-,header index config recipe)
+
+fuzz-%: .venv/ready-test
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python fuzz/run.py $* -max_total_time=$(FUZZ) -max_len=4096 -timeout=20
+
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.
 # no-deps.txt names what asks for newer packages than it needs.
 oracle: $(patsubst oracle/%/requirements.txt,oracle-%,$(wildcard oracle/*/requirements.txt))
@@ -89,4 +97,4 @@ browser: .venv/ready-test
 	@touch $@
 
 clean:
-	rm -rf .venv .demo .bench .oracle build dist *.egg-info
+	rm -rf .venv .demo .bench .oracle .fuzz build dist *.egg-info

@@ -215,13 +215,18 @@ def decompress(src: Path, dst: Path, *, settings: Settings | None = None) -> Unp
 
 
 def verify(
-    dst: Path, source: Path | None = None, *, recipe: Path | Mapping[str, Any] | None = None
+    dst: Path,
+    source: Path | None = None,
+    *,
+    recipe: Path | Mapping[str, Any] | None = None,
+    check_tp: Iterable[int] = (),
 ) -> Report:
     """Check a quantized checkpoint; with ``source``, every element of it. See ``Report``.
 
     Of a compressed directory every tensor is decoded, and compared with its check sum.
 
     ``recipe``: that of ``dst``, where it declares fused groups or layouts of experts.
+    ``check_tp``: numbers of tensor-parallel ranks; what they would cut are warnings.
     """
     from contextlib import nullcontext
 
@@ -239,7 +244,7 @@ def verify(
 
     rows = load(recipe) if recipe is not None else None
     with open_checkpoint(source) if source is not None else nullcontext() as original:
-        return run(dst, original, recipe=rows)
+        return run(dst, original, recipe=rows, check_tp=tuple(check_tp))
 
 
 def open(path: Path) -> Tensors:

@@ -75,7 +75,8 @@ class Quality:
 
     def take(self, note: dict[str, Any]) -> None:
         """Take in what another has."""
-        self.add_losses([name for name, *_ in note["losses"]], [loss for _, *loss in note["losses"]])
+        losses = note["losses"]
+        self.add_losses([name for name, *_ in losses], [loss for _, *loss in losses])
         with self._lock:
             for kind, counts in note.get("bins", {}).items():
                 self._bins[kind] = np.array(counts) + self._bins.get(kind, 0)

@@ -25,6 +25,9 @@ LAYOUTS = {
 
 Given = str | os.PathLike[str] | Mapping[str, Any]
 
+#: Largest recipe, in bytes (one rule for each of 100,000 modules has 8 MB), and how deep it may be.
+MAX_RECIPE, MAX_NESTED = 32_000_000, 16
+
 _WILD = re.compile(r"[*?\[\]]")
 
 
@@ -112,10 +115,14 @@ def load(given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: N
         return _recipe(_Table(given, "recipe"), scales, group_of)
     path = Path(given)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECIPE + 1)
+        text = raw.decode()
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise PlanError(f"the recipe {path} cannot be read: {why}.") from None
+    if len(raw) > MAX_RECIPE:
+        raise PlanError(f"the recipe {path} has more than {MAX_RECIPE} bytes.")
     found = _yaml(path, text) if path.suffix in (".yaml", ".yml") else _toml(path, text)
     return _recipe(_Table(found, f"recipe {path.name}"), scales, group_of)
 
@@ -123,7 +130,7 @@ def load(given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: N
 def _toml(path: Path, text: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also numbers of thousands of digits
         raise PlanError(f"the recipe {path} is not valid TOML: {e}.") from None
 
 
@@ -136,8 +143,18 @@ def _yaml(path: Path, text: str) -> Mapping[str, Any]:
             "write it in TOML."
         ) from None
     try:
+        # A few lines of aliases can stand for more than any memory holds, and 3,000 brackets take
+        # the parser half a minute.
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise PlanError(f"the recipe {path} has YAML aliases (*name); write them out.")
+            if depth > MAX_NESTED:
+                raise PlanError(f"the recipe {path} is nested more than {MAX_NESTED} deep.")
         found = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise PlanError(f"the recipe {path} is not valid YAML: {' '.join(str(e).split())}.") from (
             None
         )

@@ -315,4 +315,6 @@ def read(c: Checkpoint, t: TensorInfo) -> Array:
     """A whole tensor. Raises CheckpointError for elements that are not whole bytes."""
     if DTYPES[t.dtype].numpy is None:
         raise CheckpointError(f"{t.name!r} is {t.dtype}, which numpy has no dtype for.")
+    if len(t.shape) > 64:
+        raise CheckpointError(f"{t.name!r} has {len(t.shape)} dimensions, numpy at most 64.")
     return np.frombuffer(bytes_of(c, t, 0, t.nbytes), DTYPES[t.dtype].numpy).reshape(t.shape)

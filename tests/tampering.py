@@ -268,7 +268,8 @@ TAMPERS = [Tamper(*row) for row in [
     # constants
     *BAD_CONSTANTS,
     ("global scale unequal in q, k, v", "NVFP4", ALONE,
-     times(K + GLOBAL, np.float32, 1.5), r"k_proj' has .* but loaders fuse them \(qkv\)"),
+     times(K + GLOBAL, np.float32, 1.5),
+     "vLLM 0.32 takes the largest weight_global_scale of a fused layer .*k_proj'"),
     ("global scale NaN in q, k, v", "NVFP4", ALONE,
      put(K + GLOBAL, np.float32, NAN), "k_proj.weight_global_scale' is nan"),
     ("global scale changed", "NVFP4", SOURCE,

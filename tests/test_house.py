@@ -23,7 +23,7 @@ FLOORS = [
     {"planning"},
     {"converting", "measure", "reindexing", "progress"},
     {"allocate", "verifying"},
-    {"compressing"},
+    {"compressing", "repairing"},
     {"show", "api"},
     {"report"},
     {"cli"},

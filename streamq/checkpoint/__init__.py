@@ -1,5 +1,6 @@
 """The read side: headers first, then bytes into buffers that the caller owns."""
 
+from .files import read_json
 from .header import MAX_HEADER, read_header
 from .local import (
     COMPRESSED,
@@ -10,7 +11,6 @@ from .local import (
     Checkpoint,
     is_compressed,
     open_checkpoint,
-    read_json,
 )
 
 __all__ = [

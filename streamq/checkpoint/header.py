@@ -19,14 +19,21 @@ import numpy as np
 from streamq.errors import CheckpointError
 from streamq.tensors import DTYPES, TensorInfo
 
+from .files import Stamp, refuse_many, stamp_of
+
 #: Longest header the format allows, in bytes (safetensors MAX_HEADER_SIZE).
 MAX_HEADER = 100_000_000
+#: Longest name of a tensor, in characters; the format has no limit, paths and terminals do.
+MAX_NAME = 4096
 _U64 = (1 << 64) - 1
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class Header:
     """The tensors of one file, in the order of their data, their bytes, its ``__metadata__``."""
+
+    #: Of the file that it was read from.
+    stamp: Stamp | None = None
 
     def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str], nbytes: int) -> None:
         self.tensors = tensors
@@ -44,7 +51,8 @@ def read_header(path: str, file: str) -> Header:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be opened: {e.strerror}.") from e
     try:
-        size = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        size = found.st_size
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
         if size < 8:
             raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file.")
@@ -58,7 +66,9 @@ def read_header(path: str, file: str) -> Header:
                 f"{file}: its header needs {8 + length} bytes, the file has {size}; "
                 "it is truncated, download it again."
             )
-        return parse_header(os.pread(fd, length, 8), file, size)
+        header = parse_header(os.pread(fd, length, 8), file, size)
+        header.stamp = stamp_of(found)
+        return header
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
     finally:
@@ -92,6 +102,7 @@ def _columns(entries: dict[str, Any], file: str, base: int, size: int) -> list[T
             or set(map(type, chain(shapes, spans))) != {list}
             or set(map(type, chain.from_iterable(chain(shapes, spans)))) != {int}
             or not _is_text("".join(entries))
+            or max(map(len, entries)) > MAX_NAME
         ):
             return []
         kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
@@ -148,31 +159,47 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> tuple[int, int, Tens
         )
     if not _is_text(name):
         raise CheckpointError(f"{file}: the name {name!r} is not valid Unicode.")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{file}: the name of tensor {name[:60] + '...'!r} has {len(name)} characters, at most "
+            f"{MAX_NAME} are read."
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     row = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if row is None:
-        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}.")
+        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {_short(dtype)}.")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{file}: tensor {name!r} has the invalid shape {shape!r}.")
+        raise CheckpointError(f"{file}: tensor {name!r} has the invalid shape {_short(shape)}.")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{file}: tensor {name!r} has invalid data_offsets {offsets!r}.")
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has invalid data_offsets {_short(offsets)}."
+        )
     bits = 1
     for n in (*shape, row.bits):
         bits *= n
         if bits > _U64:  # the crate multiplies in this order with overflow checks
-            raise CheckpointError(f"{file}: the shape {shape} of tensor {name!r} overflows.")
+            raise CheckpointError(
+                f"{file}: the shape {_short(shape)} of tensor {name!r} overflows."
+            )
     start, end = offsets
     if bits % 8 or end - start != bits // 8:
         raise CheckpointError(
-            f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} needs "
+            f"{file}: tensor {name!r} of shape {_short(shape)} and dtype {dtype} needs "
             f"{bits / 8:g} bytes, its data_offsets give {end - start}."
         )
     return base + start, base + end, TensorInfo(name, dtype, tuple(shape), file, base + start)
 
 
+def _short(value: Any) -> str:
+    """A value in messages, which may be of any size."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{file}: its header is not a JSON object.")
+    refuse_many(raw, file)
     try:
         text = raw.decode("utf-8")
         entries: dict[str, Any] = json.loads(text, parse_constant=_no_constant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from streamq.errors import CheckpointError
 from streamq.tensors import TensorInfo
 from streamq.trust import RECORD
 
+from .files import leads_out, read_json, stamp_of
 from .header import Header, read_header
 
 Array = np.ndarray[Any, Any]
@@ -21,6 +21,8 @@ Array = np.ndarray[Any, Any]
 CONFIG = "config.json"
 #: What Ascend's tools say of a quantization, in place of config.json.
 DESCRIPTION = "quant_model_description.json"
+#: Most tensors of a checkpoint; published ones have some 200,000.
+MAX_TENSORS = 2_000_000
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Beside weights that ``streamq compress`` wrote, which are no tensors of a model as they are.
 COMPRESSION = "streamq_compression.json"
@@ -56,6 +58,7 @@ class Checkpoint:
         self.config = config
         self.others = others
         self.oddities = oddities
+        self._stamps = {file: header.stamp for file, header in headers.items()}
         self.nbytes = sum(header.nbytes for header in headers.values())
         self.tensors: dict[str, TensorInfo] = {}
         for header in headers.values():
@@ -116,6 +119,19 @@ class Checkpoint:
         for i in range(whole, len(into)):  # interrupted, or an error to tell of
             self.pread(file, start + i * step, into[i].data)
 
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError for a shard that is not the one whose header was read."""
+        for file, stamp in self._stamps.items():
+            try:
+                found = stamp_of(os.stat(self.root / file))
+            except OSError as e:
+                raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
+            if stamp is not None and found != stamp:
+                raise CheckpointError(
+                    f"{file}: changed while it was read, so that old and new bytes may be mixed; "
+                    "run again when nothing writes to it."
+                )
+
     def close(self) -> None:
         """Close all descriptors."""
         for fd in self._fds.values():
@@ -129,10 +145,11 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> Checkpoint:
     """Open a directory with an index, one with shards alone, or a single file.
 
     Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
+    Without ``use_index`` all shards of a directory count, whatever its index says.
     """
     path = Path(src)
     if is_compressed(path.parent if path.is_file() else path):
@@ -144,9 +161,12 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
     config = _config(path)
-    others, oddities = _other_files(path), []
+    others, elsewhere = _other_files(path)
+    oddities = []
+    if elsewhere:
+        oddities.append(f"{', '.join(elsewhere)}: links out of the directory, not copied")
     shards = sorted(p.name for p in path.glob("*.safetensors"))
-    index_path = _find_index(path)
+    index_path = _find_index(path) if use_index else None
     index = None
     if index_path is not None:
         index = _read_index(index_path)
@@ -171,7 +191,7 @@ def _config(root: Path) -> dict[str, Any]:
     Older files of its have the type of the model in their name. Raises CheckpointError where
     config.json speaks of another quantization.
     """
-    config = read_json(root / CONFIG) if (root / CONFIG).is_file() else {}
+    config = _read_own(root / CONFIG)
     usual = root / DESCRIPTION
     older = sorted(root.glob(f"{usual.stem}_*{usual.suffix}"))
     path = usual if usual.is_file() else older[0] if len(older) == 1 else None
@@ -184,7 +204,7 @@ def _config(root: Path) -> dict[str, Any]:
             f"{root}: {path.name} is there and {CONFIG} says that the quantization is {method!r}; "
             "remove what is not true of these weights."
         )
-    description = {"quant_method": "ascend", "description": read_json(path)}
+    description = {"quant_method": "ascend", "description": _read_own(path)}
     return {**config, "quantization_config": description}
 
 
@@ -201,7 +221,13 @@ def _open(
             raise CheckpointError(
                 f"{name}: named by the index but not in {root}; the download is incomplete."
             )
-    headers = {name: read_header(str(root / name), name) for name in shards}
+    headers: dict[str, Header] = {}
+    count = 0
+    for name in shards:
+        headers[name] = read_header(str(root / name), name)
+        count += len(headers[name].tensors)
+        if count > MAX_TENSORS:
+            raise CheckpointError(f"{root}: more than {MAX_TENSORS} tensors, which none has.")
     packed = [name for name, header in headers.items() if COMPRESSED in header.metadata]
     if packed:
         raise CheckpointError(
@@ -249,31 +275,33 @@ def _read_index(path: Path) -> dict[str, str]:
     files = set(index.values()) if set(map(type, index.values())) == {str} else index.values()
     for file in files:
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            name = next(name for name in index if index[name] == file)
+            name = next(name for name in index if index[name] is file)
             raise CheckpointError(
                 f"{path.name}: {name!r} is in {file!r}, not a *.safetensors file."
             )
-        if os.path.basename(file) != file or "\0" in file:
-            raise CheckpointError(f"{path.name}: {file!r} leads out of the directory.")
+        if os.path.basename(file) != file or not file.isprintable():
+            raise CheckpointError(
+                f"{path.name}: {file!r} leads out of the directory, or is no name of a file."
+            )
     return index
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"{path.name}: cannot be read: {e.strerror}.") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path.name}: is not valid JSON ({e}).") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: must hold a JSON object.")
-    return value
+def _read_own(path: Path) -> dict[str, Any]:
+    """A JSON object of the checkpoint, {} where there is none."""
+    if not path.is_file():
+        return {}
+    if leads_out(path.parent, path):
+        raise CheckpointError(
+            f"{path.name}: is a link to {os.path.realpath(path)}, out of {path.parent}; put a copy "
+            "in its place."
+        )
+    return read_json(path)
 
 
-def _other_files(root: Path) -> list[str]:
-    """Files to copy: all but weights and hidden ones; links are followed (the Hub cache)."""
-    found = []
+def _other_files(root: Path) -> tuple[list[str], list[str]]:
+    """Files to copy: all but weights and hidden ones; and those that ``leads_out`` is true of."""
+    found: list[str] = []
+    elsewhere: list[str] = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
@@ -281,5 +309,5 @@ def _other_files(root: Path) -> list[str]:
             if path == root / RECORD:  # of the source; the output has one of its own
                 continue
             if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-                found.append(str(path.relative_to(root)))
-    return found
+                (elsewhere if leads_out(root, path) else found).append(str(path.relative_to(root)))
+    return found, elsewhere

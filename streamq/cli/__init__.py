@@ -7,10 +7,12 @@ import os
 import sys
 from typing import NoReturn
 
-from . import allocate, compress, convert, look, reindex, report
+from . import allocate, compress, convert, look, reindex, repair, report
 from .group import cli
 
-__all__ = ["allocate", "cli", "compress", "convert", "look", "main", "reindex", "report"]
+__all__ = [
+    "allocate", "cli", "compress", "convert", "look", "main", "reindex", "repair", "report",
+]  # fmt: skip
 
 
 def main() -> NoReturn:

@@ -11,6 +11,8 @@ import click
 from streamq.errors import StreamqError
 
 INTERRUPTED = 130
+#: Characters of a message; what a source says may be in it, and may be of any length.
+_LONGEST = 2000
 
 
 class _Group(click.Group):
@@ -45,7 +47,7 @@ class _Group(click.Group):
 def _tell(text: str, error: BaseException) -> None:
     """A failure on stderr, with what was noted about the state it left."""
     for line in (text, *getattr(error, "__notes__", ())):
-        click.echo(line, err=True)
+        click.echo(line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ...", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,7 @@ from streamq.errors import VerifyError
 
 from .compress import inspect_compressed, verify_compressed
 from .group import cli
+from .options import ranks
 from .report import check_page, report_option, verified
 
 
@@ -47,19 +48,27 @@ def inspect(src: str, as_json: bool) -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint that DST was made from.")
 @click.option("--recipe", type=click.Path(), help="That of DST, if it declares groups or experts.")
+@click.option(
+    "--check-tp",
+    callback=ranks,
+    metavar="N,N,...",
+    help="Warn of blocks and groups that so many tensor-parallel ranks would cut.",
+)
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
 def verify(
-    dst: str, source: str | None, recipe: str | None, page: str | None, as_json: bool, quiet: bool
-) -> None:
+    dst: str, source: str | None, recipe: str | None, check_tp: tuple[int, ...], page: str | None,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Check the quantized checkpoint DST; with --source, every byte of it.
 
     Its files are compared with the checksums in its streamq.json. With --source it is converted
     again, to the same bytes; of an output that streamq did not make, or another version, every
     element has to be within half a step of its code.
 
-    Exit code 3 if anything fails.
+    What loaders would make of it is part of it (docs/loaders.md): faults fail, and exit code 3
+    says so; what only some loader cannot do is a warning.
     """
     from contextlib import nullcontext
 
@@ -82,12 +91,16 @@ def verify(
     with open_checkpoint(source) if source else nullcontext() as original:
         total = original.nbytes if original else 0
         with progress(total, "verifying", quiet or as_json or not original) as advance:
-            report = run(dst, original, recipe=rows, workers=default_workers(), progress=advance)
+            report = run(
+                dst, original, recipe=rows, check_tp=check_tp, workers=default_workers(),
+                progress=advance,
+            )  # fmt: skip
     if as_json:
         click.echo(json.dumps({
             "ok": not report.failures, "scheme": report.scheme, "tensors": report.tensors,
             "quantized": report.quantized, "failures": report.failures,
             "files": report.files, "exact": report.exact,
+            "warnings": report.warnings, "loaders": [f._asdict() for f in report.findings],
             **show.quality_json(report.quality),
         }))  # fmt: skip
     elif not report.failures and not quiet:
@@ -106,6 +119,9 @@ def verify(
         if source:
             for line in show.quality_lines(report.quality):
                 click.echo(line)
+    if not as_json and not quiet:
+        for warning in report.warnings:
+            click.echo(f"warning: {warning}")
     if page and source:
         verified(page, source, dst, report.failures, quiet or as_json, rows)
     if report.failures:

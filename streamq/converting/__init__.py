@@ -119,10 +119,11 @@ def convert_all(
         run = Run(source, work, workers, progress, s.stats, s.details)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
         if run.unmeasured:
-            _say(s, "what an earlier run did without the same --stats or --report is not in the figures")
+            _say(s, "an earlier run measured less; what it has done is not in the figures")
         backend = run.run(lambda: _load_kernels([plan for plan, _ in work], s)).NAME
         for output, target in pairs:
             finish(source, output.plan, target, progress)
+        source.refuse_changed()
         for output, target in pairs:
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:

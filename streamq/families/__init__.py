@@ -15,11 +15,12 @@ from streamq.schemes import Scheme
 from .experts import EXPERT_LAYOUTS, ExpertLayout, expert_name, is_expert_stack, layout_among
 from .groups import FUSED_GROUPS, FusedGroup
 from .left_alone import GENERIC, LEFT_ALONE, MTP_LAYERS, LeftAlone, applies
-from .names import collapse, matcher
+from .names import BAD_REGEX, collapse, matcher
 
 __all__ = [
-    "EXPERT_LAYOUTS", "FUSED_GROUPS", "GENERIC", "LEFT_ALONE", "MTP_LAYERS", "ExpertLayout",
-    "Family", "FusedGroup", "LeftAlone", "collapse", "expert_name", "is_expert_stack", "matcher",
+    "BAD_REGEX", "EXPERT_LAYOUTS", "FUSED_GROUPS", "GENERIC", "LEFT_ALONE", "MTP_LAYERS",
+    "ExpertLayout", "Family", "FusedGroup", "LeftAlone", "collapse", "expert_name",
+    "is_expert_stack", "matcher",
 ]  # fmt: skip
 
 

@@ -63,6 +63,8 @@ class Awq(Format):
         """See ``Format.layout``."""
         if rows % 8:
             raise PlanError(f"{rows} rows are no multiple of 8, which {self.name} needs")
+        if cols % scheme.block[1]:
+            raise PlanError(f"{cols} columns are no multiple of the group size {scheme.block[1]}")
         return _layout(rows, cols, dtype, scheme, self.version)
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
@@ -154,7 +156,7 @@ class Awq(Format):
             )
         bits = quantization.get("bits", quantization.get("w_bit", 4))
         if bits != 4:
-            raise CheckpointError(f"config.json: AWQ of {bits} bits is not known, of 4 it is.")
+            raise CheckpointError(f"config.json: AWQ of {bits!r} bits is not known, of 4 it is.")
         group = quantization.get("group_size", quantization.get("q_group_size", 128))
         if not isinstance(group, int) or group < 1:
             raise CheckpointError(f"config.json: AWQ of group_size {group!r} is not known.")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError
+from streamq.families import BAD_REGEX
 from streamq.schemes import ALL, SCHEMES, Activation, Packing, Quantized, Scheme
 from streamq.tensors import TensorInfo
 
@@ -255,7 +256,7 @@ def _matcher(patterns: list[str]) -> Any:
     exact = {p for p in patterns if not p.startswith("re:")}
     try:
         regexes = [re.compile(p[3:]) for p in patterns if p.startswith("re:")]
-    except re.error as e:
+    except BAD_REGEX as e:
         raise CheckpointError(f"config.json: a pattern of quantization_config: {e}.") from None
     every = "Linear" in exact
     return lambda name: every or name in exact or any(r.match(name) for r in regexes)

@@ -128,7 +128,8 @@ class Fp8(Format):
         good = isinstance(block, list) and len(block) == 2
         if not good or not all(isinstance(n, int) and n > 0 for n in block):
             raise CheckpointError(
-                f"config.json: weight_block_size of quantization_config is {block}, not two sizes."
+                f"config.json: weight_block_size of quantization_config is {block!r}, not two "
+                "sizes."
             )
         if q.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
             raise CheckpointError(f"config.json: fp8 with the fmt {q['fmt']!r} is not known.")

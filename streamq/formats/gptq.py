@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
+from streamq.families import BAD_REGEX
 from streamq.schemes import ALL, Quantized, Scheme
 from streamq.tensors import TensorInfo
 
@@ -255,7 +256,7 @@ def _overrides(dynamic: Any) -> list[tuple[re.Pattern[str], dict[str, Any] | Non
         raw = pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
         try:
             regex = re.compile(raw)
-        except re.error as e:
+        except BAD_REGEX as e:
             raise CheckpointError(
                 f"config.json: the pattern {pattern!r} of dynamic: {e}."
             ) from None

@@ -250,6 +250,6 @@ def _scheme_of(entry: Mapping[str, Any], marked: Any) -> Scheme:
     if (preset, bits, group) == _MODES.get(mode):
         return replace(SCHEMES[preset], two_level=False)
     raise CheckpointError(
-        f"config.json: the mode {mode!r} of mlx with {bits} bits and groups of {group} is not "
+        f"config.json: the mode {mode!r} of mlx with {bits!r} bits and groups of {group!r} is not "
         "known here."
     )

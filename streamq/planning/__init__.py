@@ -25,7 +25,7 @@ from .gpt_fast import joined_of
 from .kept import rules, stays_of
 from .lift import lift
 from .place import Rows, place, refuse_impossible, slab_memory
-from .shards import check_tp
+from .shards import check_tp, cuts_of
 from .spelled import spelled, unspelled
 from .stacking import place_of, stacks_of
 from .types import (
@@ -44,8 +44,8 @@ from .ways import expert_warnings, recipe_warnings
 
 __all__ = [
     "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "make_plan", "refuse_overlap", "slab_rows", "spelled", "straight", "transposed", "unspelled",
-    "weights_in",
+    "cuts_of", "make_plan", "refuse_overlap", "slab_rows", "spelled", "straight", "transposed",
+    "unspelled", "weights_in",
 ]  # fmt: skip
 
 

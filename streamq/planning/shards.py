@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import gcd
 
 from streamq.families import collapse
@@ -25,18 +26,24 @@ _HEADS = {"k_proj", "v_proj", "key", "value", "wk", "wv"}
 
 
 def check_tp(shards: list[ShardPlan], sizes: tuple[int, ...], heads: int | None) -> list[str]:
+    """Warnings for weights of a plan that ``sizes`` ranks cannot share; see ``cuts_of``."""
+    weights = [(t, w.scheme) for shard in shards for w in shard.weights for t in w.sources]
+    return cuts_of(weights, sizes, heads)
+
+
+def cuts_of(
+    weights: Iterable[tuple[TensorInfo, Scheme]], sizes: tuple[int, ...], heads: int | None
+) -> list[str]:
     """Warnings for weights that ``sizes`` ranks cannot share, one for each kind and reason.
 
     ``heads``: those of keys and values, None where that is not known.
     """
     found: dict[tuple[int, str, str], list[TensorInfo]] = {}
-    for ranks in sizes:
-        for shard in shards:
-            for w in shard.weights:
-                for t in w.sources:
-                    if why := _split(t, w.scheme, ranks, heads or ranks):
-                        kind = collapse(t.name.removesuffix(".weight"))
-                        found.setdefault((ranks, kind, why), []).append(t)
+    for t, scheme in weights:
+        for ranks in sizes:
+            if why := _split(t, scheme, ranks, heads or ranks):
+                kind = collapse(t.name.removesuffix(".weight"))
+                found.setdefault((ranks, kind, why), []).append(t)
     return [
         f"--check-tp {ranks}: {kind!r} of shape {list(tensors[0].shape)} ({len(tensors)} such "
         f"weights): {why}"

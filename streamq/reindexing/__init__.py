@@ -7,9 +7,10 @@ Tensors that loaders concatenate come into one shard. ``fuse`` concatenates them
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
+from typing import Any
 
-from streamq.checkpoint import CONFIG, DESCRIPTION, Checkpoint
-from streamq.checkpoint.local import read_json
+from streamq.checkpoint import CONFIG, DESCRIPTION, Checkpoint, read_json
 from streamq.errors import CheckpointError, PlanError
 from streamq.formats import Ascend, format_of
 
@@ -19,10 +20,13 @@ from .names import moved_modules, renamed, respelled
 from .placing import Placed, cuts_of, lay_out, metadata_of
 from .run import Progress, reindex
 from .splitting import split
-from .types import Options, Out, Plan, Shard, Summary, whole
+from .types import Options, Out, Plan, Shard, Summary, Translated, whole
 from .weights import Made
 
-__all__ = ["Options", "Plan", "Progress", "Summary", "make_plan", "reindex"]
+__all__ = [
+    "Options", "Placed", "Plan", "Progress", "Summary", "Translated", "lay_out", "make_plan",
+    "reindex", "whole",
+]  # fmt: skip
 
 #: ModelOpt's older place for its quantization.
 _BESIDE = "hf_quant_config.json"
@@ -65,7 +69,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     groups, apart = groups_of(m)
     leaves = Counter(found.module.rpartition(".")[2] for found in made)
     return Plan(
-        options=options,
+        origin={"command": "reindex", "options": _spelled(options)},
         shards=shards,
         files=files,
         others=source.others,
@@ -162,3 +166,8 @@ def _refound(
         f"patterns in config.json give {len(odd)} modules another scheme under their new names, "
         f"the first {odd[0]!r}; edit quantization_config"
     )
+
+
+def _spelled(options: Options) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return {**asdict(options), "rename": [list(pair) for pair in options.rename]}

@@ -18,7 +18,7 @@ from streamq.tensors import DTYPES
 from streamq.views import View
 from streamq.writer import build_header, quoted
 
-from .types import Copy, Gather, Out, Shard, Task, Transpose
+from .types import Copy, Gather, Out, Shard, Task, Translate, Translated, Transpose
 
 #: Narrower lines than this, in bytes, are put together in memory; wider ones are copied each.
 WIDE = 64 << 10
@@ -93,6 +93,10 @@ def _tasks(p: Placed, offset: int) -> Iterator[Task]:
     content = p.out.content
     if isinstance(content, View):
         yield Transpose(offset, content, p.name)
+        return
+    if isinstance(content, Translated):
+        o = p.out
+        yield Translate(offset, o.file, o.start, o.nbytes, content.table, p.name)
         return
     assert not isinstance(content, bytes)
     narrow = [c for c in content if c.lines > 1 and c.width < WIDE]

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.trust import VERSION, crc32, fingerprint, without_times
 from streamq.writer import Destination, ShardWriter, Unit, check_destination
 
-from .types import Copy, Gather, Options, Piece, Plan, Shard, Summary, Task, Transpose
+from .types import Copy, Gather, Piece, Plan, Shard, Summary, Task, Translate, Transpose
 
 #: Told of bytes done, and of the tensor that they belong to.
 Progress = Callable[[int, str], None]
@@ -53,7 +52,7 @@ def reindex(
     check_destination(Path(dst), plan.disk_needed, overwrite)
     target = Destination(Path(dst), overwrite, sync, sha256)
     prints = fingerprint(source.root, source.files, source.others)
-    made = {"streamq": VERSION, "command": "reindex", "options": _spelled(plan.options)}
+    made = {"streamq": VERSION, **plan.origin}
     headers = {shard.name: crc32(shard.header) for shard in plan.shards}
     try:
         target.begin({**made, "source": prints, "headers": headers}, restart)
@@ -69,6 +68,7 @@ def reindex(
             target.write_text(INDEX, plan.index())
         for name, value in sorted(plan.files.items(), key=lambda item: item[0] == CONFIG):
             target.write_json(name, value)
+        source.refuse_changed()
         target.commit({**made, "source": without_times(prints)})
     except BaseException as e:
         if target.begun and target.partial.exists():
@@ -80,11 +80,6 @@ def reindex(
     finally:
         target.close()
     return Summary(plan.bytes_out, time.perf_counter() - began, workers)
-
-
-def _spelled(options: Options) -> dict[str, Any]:
-    """The options as JSON has them."""
-    return {**asdict(options), "rename": [list(pair) for pair in options.rename]}
 
 
 class _Run:
@@ -197,6 +192,8 @@ class _Run:
             self._progress(task.nbytes, task.name)
         elif isinstance(task, Gather):
             self._gather(task, writer)
+        elif isinstance(task, Translate):
+            self._translate(task, writer)
         else:
             self._transpose(task, writer)
 
@@ -225,6 +222,16 @@ class _Run:
         raw = np.empty((lines - 1) * p.step + p.width, np.uint8)
         self._source.pread(p.file, start, raw.data)
         into[:] = np.lib.stride_tricks.as_strided(raw, into.shape, (p.step, 1))
+
+    def _translate(self, t: Translate, writer: Unit) -> None:
+        """Write bytes through a table, some at a time."""
+        for done in range(0, t.nbytes, GATHER):
+            if self._stop.is_set():
+                raise _Stopped
+            piece = bytearray(min(GATHER, t.nbytes - done))
+            self._source.pread(t.file, t.start + done, memoryview(piece))
+            writer.put(t.offset + done, memoryview(piece.translate(t.table)))
+            self._progress(len(piece), t.name)
 
     def _transpose(self, t: Transpose, writer: Unit) -> None:
         """Write the rows of a matrix whose columns lie in lines, some at a time."""

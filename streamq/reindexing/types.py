@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from streamq.errors import PlanError
+from streamq.families import BAD_REGEX
 from streamq.tensors import DTYPES, TensorInfo
 from streamq.views import View
 from streamq.writer import quoted
@@ -32,7 +33,7 @@ class Options:
         for pattern, to in self.rename:
             try:
                 re.compile(pattern).sub(to, "")  # looks at TO even where nothing matches
-            except (re.error, IndexError) as e:
+            except (*BAD_REGEX, IndexError) as e:
                 raise PlanError(f"--rename {pattern}={to}: not a valid regex: {e}.") from None
 
 
@@ -52,8 +53,16 @@ class Piece(NamedTuple):
     stride: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A tensor of bytes, each of which becomes the one at its place in ``table`` of 256."""
+
+    table: bytes
+
+
 class Out(NamedTuple):
-    """An output tensor: pieces of the source, a few bytes that are known, or a transposed view.
+    """An output tensor: pieces of the source, a few bytes that are known, a transposed view, or
+    the tensor at ``start`` of ``file`` translated.
 
     ``file`` and ``start``: where it stands in the order of the source.
     """
@@ -61,7 +70,7 @@ class Out(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    content: tuple[Piece, ...] | bytes | View
+    content: tuple[Piece, ...] | bytes | View | Translated
     file: str
     start: int
 
@@ -115,7 +124,18 @@ class Transpose(NamedTuple):
     name: str
 
 
-Task = Copy | Gather | Transpose
+class Translate(NamedTuple):
+    """A run of bytes of a source file that go through a table of 256."""
+
+    offset: int
+    file: str
+    start: int
+    nbytes: int
+    table: bytes
+    name: str
+
+
+Task = Copy | Gather | Transpose | Translate
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +157,11 @@ class Plan:
     ``files``: JSON files whose names of modules changed, by name; config.json where it is among
     them. ``groups``, ``apart``: fused groups, and those whose members lay in several shards.
     ``moved``: tensors with bytes from another shard of the source than the first of their group.
+    ``origin``: the command and what decides its bytes, as JSON has it.
     ``made``: how many modules became what, ``{"qkv_proj": 32}``.
     """
 
-    options: Options
+    origin: dict[str, Any]
     shards: list[Shard]
     files: dict[str, dict[str, Any]]
     others: list[str]

@@ -35,6 +35,10 @@ class Split(Exception):
     """A reader refuses a layer because its parts differ."""
 
 
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    return group.get("targets") or []
+
+
 class _Names:
     """Targets in order; one look for exact names, one try for each regex."""
 
@@ -68,7 +72,7 @@ class Readers:
 
     def __init__(self, quantization: Mapping[str, Any]) -> None:
         groups = quantization.get("config_groups") or {}
-        self._group = {t: name for name, g in groups.items() for t in g["targets"]}
+        self._group = {t: name for name, g in groups.items() for t in _targets(g)}
         self._targets = _Names(self._group)
         self._sorted = _Names(sorted(self._group, key=lambda t: ("re:" in t, t)))
         self._ignore = _Names(quantization.get("ignore") or [])
@@ -94,7 +98,7 @@ class Readers:
         )
         for test in tests:
             for name, g in self._groups.items():
-                if any(map(test, g["targets"])):
+                if any(map(test, _targets(g))):
                     return str(name)
         return next(iter(self._groups), None)
 

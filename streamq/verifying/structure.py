@@ -60,11 +60,8 @@ def _never(module: str) -> str | None:
     return None
 
 
-def check_scales(
-    checkpoint: Checkpoint, weights: list[Stored], family: Family, report: Report
-) -> None:
-    """Scales are finite and above zero, and global scales equal inside fused groups."""
-    shared: dict[tuple[str, str], tuple[str, float]] = {}
+def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) -> None:
+    """Scales are finite and above zero."""
     for s in weights:
         t = s.tensors[s.format.scale_suffix]
         scale = s.format.unpadded(read(checkpoint, t), s.layout, s.scheme)
@@ -93,16 +90,6 @@ def check_scales(
                     report.failures.append(
                         f"{s.tensors[e.suffix].name!r} is {bias[tuple(at)]} at {_place(at)}"
                     )
-        if s.scheme.two_level and (found := family.group_of(s.module)):
-            e = s.layout.entry("global_scale")
-            g = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
-            key = (found[0], found[1].members[0])
-            first = shared.setdefault(key, (s.module, g))
-            if first[1] != g:
-                report.failures.append(
-                    f"{s.module!r} has {e.suffix} {g:g}, {first[0]!r} has {first[1]:g}, "
-                    f"but loaders fuse them ({found[1].name})"
-                )
 
 
 def check_sums(checkpoint: Checkpoint, weights: list[Stored], workers: int, report: Report) -> None:

@@ -1,0 +1,110 @@
+"""The command that mends a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .group import cli
+from .options import size
+
+if TYPE_CHECKING:
+    from streamq.repairing import Repair
+
+#: Fused groups that are told of one by one.
+_SHOWN = 5
+
+
+@cli.command()
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path(), required=False)
+@click.option("--recipe", type=click.Path(), help="That of SRC, if it declares groups or experts.")
+@click.option(
+    "--workers",
+    "-j",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Threads (default: the processors).",
+)
+@click.option(
+    "--max-memory",
+    callback=size,
+    default="512MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Buffers of all workers together.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
+@click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
+)
+@click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+def repair(src: str, dst: str | None, **o: Any) -> None:
+    """Mend the checkpoint SRC into the new directory DST; SRC stays as it is.
+
+    Fused NVFP4 weights get one global scale: their codes stay, their block scales are rounded
+    anew. The index, total_size and "format": "pt" are set right. Where there is nothing to
+    repair, nothing is written.
+    """
+    from streamq.converting import default_workers
+    from streamq.planning import refuse_overlap
+    from streamq.progress import progress
+    from streamq.recipe import load
+    from streamq.reindexing import reindex
+    from streamq.repairing import make_plan, open_broken
+    from streamq.writer import check_destination
+
+    if dst is None and not o["dry_run"]:
+        raise click.UsageError("Missing argument 'DST'.")
+    say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    if dst is not None:
+        refuse_overlap(src, dst)
+    source, wrong = open_broken(src)
+    with source:
+        found = make_plan(source, wrong, load(o["recipe"]) if o["recipe"] else None)
+        for line in _lines(found, src):
+            say(line)
+        written = found.needed and not o["dry_run"]
+        if written:
+            check_destination(Path(dst or ""), found.plan.disk_needed, o["overwrite"])
+            with progress(found.plan.bytes_out, "repairing", o["quiet"] or o["as_json"]) as advance:
+                reindex(
+                    source, found.plan, dst or "", workers=o["workers"] or default_workers(),
+                    max_memory=o["max_memory"], sync=not o["no_sync"], overwrite=o["overwrite"],
+                    restart=o["restart"], progress=advance, notify=say,
+                )  # fmt: skip
+    if o["as_json"]:
+        click.echo(json.dumps({
+            "dst": dst if written else None, "repairs": found.repairs,
+            "groups": [s.as_json() for s in found.shared], "left": found.left,
+            "bytes_out": found.plan.bytes_out if found.needed else 0,
+        }, indent=2))  # fmt: skip
+    if written:
+        from streamq.tensors import size_text
+
+        say(f"{dst}: {size_text(found.plan.bytes_out)}; `streamq verify {dst}` proves it")
+
+
+def _lines(found: Repair, src: str) -> Iterator[str]:
+    """The plan in a few lines, before the work."""
+    for line in found.left:
+        yield f"warning: {line}"
+    if not found.needed:
+        yield f"{src}: nothing to repair"
+        return
+    for line in found.repairs:
+        yield f"repairs {line}"
+    if found.shared:
+        yield f"repairs {len(found.shared)} fused groups with scales that differ"
+    worst = sorted(found.shared, key=lambda s: -(s.change or 0.0))
+    for shared in worst[:_SHOWN]:
+        yield f"  {shared.text}"
+    if len(worst) > _SHOWN:
+        yield f"  and {len(worst) - _SHOWN} more, whose values change less; --json has them all"
