@@ -17,11 +17,15 @@ from streamq.quality import Quality
 from streamq.schemes import BYTES
 from streamq.writer import Destination, check_destination, same_disk
 
+from .devices import Fleet, Means, is_quantized, means
 from .jobs import JOB
 from .run import Run
 from .worker import Progress
 
-__all__ = ["Output", "Progress", "Settings", "Summary", "convert", "convert_all", "default_workers"]
+__all__ = [
+    "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
+    "default_workers", "means_of",
+]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,7 +40,8 @@ class Settings:
     ``workers``: threads (default: the processors). ``max_memory``: bytes of buffers of
     all workers. ``sync``: flush to disk before an output appears. ``overwrite``: replace
     what is there, once the new one is complete. ``stats``: measure what the weights lose.
-    ``progress``: see ``Progress``. ``notify``: told sentences for people.
+    ``progress``: see ``Progress``. ``notify``: told sentences for people. ``device``: "cpu",
+    "auto", "cuda", or several as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
     """
 
     workers: int | None = None
@@ -46,6 +51,8 @@ class Settings:
     stats: bool = False
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None
+    device: str = "cpu"
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a conversion did; ``rounded`` scales of the source were not exact in the output."""
+    """What a conversion did; ``rounded`` scales of the source were not exact in the output.
+
+    ``backend``: whose kernels ran, and where. ``remarks``: sentences about devices.
+    """
 
     bytes_in: int
     bytes_out: int
@@ -67,6 +77,7 @@ class Summary:
     backend: str
     quality: Quality | None
     rounded: int
+    remarks: tuple[str, ...] = ()
 
 
 def default_workers() -> int:
@@ -91,7 +102,7 @@ def convert_all(
     to replace, and notes on the exception say so.
     """
     began = time.perf_counter()
-    workers = workers_of(outputs, settings)
+    means = means_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     targets = [Destination(o.dst, settings.overwrite, settings.sync) for o in outputs]
     progress = settings.progress or (lambda n, name: None)
@@ -99,8 +110,8 @@ def convert_all(
         for target in targets:
             target.begin()
         work = [(o.plan, t) for o, t in zip(outputs, targets, strict=True) if not o.plan.verbatim]
-        run = Run(source, work, workers, progress, settings.stats)
-        backend = run.run(lambda: _load_kernels([plan for plan, _ in work], settings)).NAME
+        run = Run(source, work, means.workers, progress, settings.stats, means.fleet)
+        cpu = run.run(lambda: _load_kernels([plan for plan, _ in work], settings, means.fleet)).NAME
         for output, target in zip(outputs, targets, strict=True):
             _finish(source, output.plan, target, progress)
         for target in targets:
@@ -118,27 +129,28 @@ def convert_all(
             target.sync.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
+    backend = means.backend(cpu)
+    remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
     for plan in (o.plan for o in outputs):
         said = ("copied", None, 0) if plan.verbatim else (backend, *next(measured))
-        summaries.append(Summary(plan.bytes_in, plan.bytes_out, seconds, workers, *said))
+        summaries.append(
+            Summary(plan.bytes_in, plan.bytes_out, seconds, means.workers, *said, remarks)
+        )
     return summaries
 
 
-def workers_of(outputs: list[Output], settings: Settings) -> int:
-    """As many threads as memory allows; with several outputs each holds what it reads.
+def means_of(outputs: list[Output], settings: Settings) -> Means:
+    """As many threads as memory allows, and devices; see ``Means``.
 
-    Raises PlanError where not even one fits.
+    With several outputs each thread holds what it reads. Raises PlanError where memory does
+    not hold one, and for a device that cannot be used.
     """
-    wanted = settings.workers or default_workers()
-    return min(
-        o.plan.workers_within(wanted, settings.max_memory, held_by(outputs)) for o in outputs
-    )
-
-
-def held_by(outputs: list[Output]) -> int:
-    """Bytes of the source that each worker keeps while it makes several outputs of them."""
-    return JOB if len(outputs) > 1 else 0
+    return means(
+        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
+        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
+        settings.stats,
+    )  # fmt: skip
 
 
 def refuse_entangled(folders: list[Path]) -> None:
@@ -185,8 +197,10 @@ def _finish(source: Checkpoint, plan: Plan, target: Destination, progress: Progr
         target.write_text(name, [text])
 
 
-def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
-    """Compile the kernels, or load them from the cache, before any thread needs them.
+def _load_kernels(
+    plans: list[Plan], settings: Settings, fleet: Fleet | None = None
+) -> ModuleType:  # fmt: skip
+    """Compile the CPU's kernels, or load them from the cache, before any thread needs them.
 
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
     """
@@ -202,7 +216,7 @@ def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
             (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
             for plan in plans
             for shard in plan.shards for w in shard.weights for layout in w.layouts
-            if w.target.origin != "codes" and not w.scheme.is_float
+            if is_quantized(w) and not (fleet and fleet.takes(w))
         }:  # fmt: skip
             cpu.warm_up(target.scheme, packing, dtype, target.numerics, settings.stats)
     finally:

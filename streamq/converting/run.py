@@ -13,6 +13,7 @@ from streamq.quality import Quality
 from streamq.writer import Destination
 
 from .boxes import Sink, Tally
+from .devices import Fleet
 from .scheduler import Scheduler
 from .worker import Progress, Stopped, Worker
 
@@ -27,10 +28,12 @@ class Run:
         workers: int,
         progress: Progress,
         stats: bool,
+        fleet: Fleet | None = None,
     ) -> None:
         self._source = source
         self._workers = workers
         self._progress = progress
+        self._fleet = fleet
         self._memory = max((plan.slab_memory for plan, _ in work), default=0)
         self._tallies = [Tally(Quality() if stats else None) for _ in work]
         self._shards = [
@@ -88,13 +91,26 @@ class Run:
         closing: list[Future[None]],
     ) -> None:
         """One thread, until no job is left; until no copy is left without ``kernels``."""
-        worker = Worker(self._source, kernels, self._memory, self._stop, self._progress)
-        while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
-            released = job.run(worker, self._sink)
-            for shard in self._scheduler.done(job, released):
-                with self._lock:
-                    writer = self._sinks.pop(shard).writer
-                closing.append(closer.submit(writer.close))
+        worker = self._hire(number, kernels)
+        try:
+            while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
+                released = job.run(worker, self._sink)
+                for shard in self._scheduler.done(job, released):
+                    with self._lock:
+                        writer = self._sinks.pop(shard).writer
+                    closing.append(closer.submit(writer.close))
+        finally:
+            worker.close()
+
+    def _hire(self, number: int, kernels: ModuleType | None) -> Worker:
+        common = self._memory, self._stop, self._progress
+        if self._fleet is None or kernels is None:
+            return Worker(self._source, kernels, *common)
+        from .overlap import DeviceWorker
+
+        return DeviceWorker(
+            self._source, kernels, *common, self._fleet, self._fleet.device_of(number)
+        )
 
     def _sink(self, number: int) -> Sink:
         with self._lock:
