@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint golden bench peers soak oracle clean
+.PHONY: demo test test-gpu lint golden bench bench-gpu peers soak oracle clean
 
 EXAMPLE := examples/bytes-llama
 DEMO := .demo/bytes-llama-nvfp4a16
@@ -18,6 +18,10 @@ demo: .venv/ready
 test: .venv/ready-test lint
 	$(BIN)/python -m pytest -n auto
 
+# On a machine with a GPU; everything else that tests the Triton kernels is in `make test`.
+test-gpu: .venv/ready-test
+	STREAMQ_TEST_GPU=1 $(BIN)/python -m pytest tests/test_triton_device.py
+
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +36,9 @@ golden: .venv/ready
 bench: .venv/ready
 	$(BIN)/python bench/run.py $(BENCH)
 
+bench-gpu: .venv/ready-test
+	$(BIN)/python bench/gpu.py $(BENCH)
+
 # The other tools that `make bench BENCH=--peers` races; llm-compressor is the llmc of `make oracle`.
 peers: $(patsubst bench/requirements/%.txt,peer-%,$(wildcard bench/requirements/*.txt))
 
@@ -41,7 +48,8 @@ peer-%:
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
 soak: .venv/ready-test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py \
+	    tests/test_triton.py tests/test_triton_targets.py
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.
 # no-deps.txt names what asks for newer packages than it needs.
@@ -65,6 +73,9 @@ oracle-%: pyproject.toml
 
 .venv/ready-test: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@# A CPU build of torch is enough: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu keeps CUDA out.
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test-triton]' \
+	|| echo "test: SKIPPED the Triton kernels: torch and triton cannot be installed here"
 	@touch $@
 
 clean:
