@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 import streamq
-from streamq.converting import Settings, devices
+from streamq.converting import Settings, devices, slabs
 from streamq.pipeline import cuda
 
 #: The interpreter puts functions of its own into triton while a kernel runs.
 ONE = threading.Lock()
+#: Bytes of the largest slab that there is room for: half a weight in f32.
+LARGEST = 72 << 10
 
 
 class Stream(cuda.GpuStream):
@@ -37,15 +39,15 @@ class Stream(cuda.GpuStream):
             return super().amax(*a)
 
     def quantize(self, x, *a):
-        if len(x) > self.largest:
+        if len(x) > LARGEST:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         with ONE, np.errstate(all="ignore"):
             return super().quantize(x, *a)
 
 
 class Interpreted(cuda.Gpu):
-    def __init__(self, name, largest):
-        self.name, self.kernels, self.largest = name, cuda.kernels.NAME, largest
+    def __init__(self, name):
+        self.name, self.kernels = name, cuda.kernels.NAME
         self.device = torch.device("cpu")
 
     def free(self):
@@ -55,15 +57,12 @@ class Interpreted(cuda.Gpu):
         return np.zeros(nbytes, np.uint8)
 
     def stream(self):
-        made = Stream(self.device, None)
-        made.largest = self.largest
-        return made
+        return Stream(self.device, None)
 
 
 def main(source, out, rows):
-    limits = {"cuda:0": 1 << 30, "cuda:1": 40 << 10}
-    devices.open_devices = lambda names: [Interpreted(n, limits[n]) for n in names]
-    devices.SLAB, devices.LEAST_SLAB = 64 << 10, 8 << 10
+    devices.open_devices = lambda names: [Interpreted(n) for n in names]
+    devices.SLAB, devices.LEAST_SLAB, devices.SMALL, slabs.SLAB = 1 << 18, 1 << 13, 1 << 14, 1 << 14
     said = []
     for number, (scheme, how) in enumerate(json.loads(rows)):
         settings = Settings(sync=False, device="cuda:0,cuda:1", workers=2)

@@ -11,6 +11,7 @@ import numpy as np
 
 from streamq.errors import PlanError
 from streamq.pipeline import Device, Kept, Room, arrange, device_names, has_gpu, open_devices
+from streamq.planning import SLAB as SMALL
 from streamq.planning import Plan, Weights, slab_rows
 from streamq.tensors import size_text
 
@@ -134,7 +135,8 @@ def means(
     hold one slab.
     """
     names = device_names(device)
-    devices, remarks = [], ()
+    devices: list[Device] = []
+    remarks: tuple[str, ...] = ()
     if names == ("auto",):
         devices, why = _chosen(plans, wanted)
         remarks = (why,)
@@ -227,8 +229,9 @@ def room_for(weights: Sequence[Weights], size: int) -> Room:
             step = layout.row_step
             if w.stored is not None:  # the rows of what is read may go together as well
                 step = max(map(w.row_step, np.flatnonzero(w.kind == kind).tolist()))
-            # Several small weights are a slab of up to ``size``, whatever the height of one.
-            rows = max(slab_rows(step, row, size), -(-size // row))
+            # Small weights are not cut, and several are a slab of up to ``size``.
+            whole = layout.rows if layout.bytes_in <= SMALL else 0
+            rows = max(slab_rows(step, row, size), -(-size // row), whole)
             made = arrange(shapes(rows, layout.cols, w.numpy, w.scheme, packing_of(layout)))
             above = 4 * rows  # a scale, or a largest magnitude, for each row
             read, outer = max(read, rows * row), max(outer, above)

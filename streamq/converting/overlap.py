@@ -17,8 +17,9 @@ from streamq.pipeline import Device, Lane, NoRoom, Slot, arrange
 from streamq.schemes import Quantized
 from streamq.tensors import size_text
 
+from . import devices
 from .boxes import Out, Sink
-from .devices import LEAST_SLAB, Fleet
+from .devices import Fleet
 from .slabs import Array, Slab, Stretch, shared, slabs, span_of
 from .worker import Progress, Worker
 
@@ -67,7 +68,7 @@ class DeviceWorker(Worker):
 
             def then() -> None:
                 if not np.isfinite(found).all():
-                    self._refuse(slab, lambda part: super(DeviceWorker, self).amax([part], count))
+                    self._refuse(slab, lambda part: self._amax_on_cpu(part, count))
                 part = tops[slab.number : slab.number + len(slab.begins)]
                 np.maximum(part, np.maximum.reduceat(found, slab.begins // slab.span), out=part)
                 if slab.weights.stored is None:
@@ -165,13 +166,13 @@ class DeviceWorker(Worker):
 
     def _shrink(self, slab: Slab) -> None:
         """Go on with slabs of half the size. Raises StreamqError where they are small already."""
-        if self._lane.size == LEAST_SLAB:
+        if self._lane.size == devices.LEAST_SLAB:
             raise StreamqError(
                 f"{self._device.name} has no memory left for {size_text(_nbytes(slab))} of tensor "
                 f"{slab.head.name!r}; free some, or use --device cpu."
             )
         self._fleet.kept.close(self._device.name)
-        size = max(LEAST_SLAB, self._lane.size // 2)
+        size = max(devices.LEAST_SLAB, self._lane.size // 2)
         self._lane.resize(self._fleet.room(size), size)
         self._fleet.shrank(self._device, size)
 
@@ -180,7 +181,10 @@ class DeviceWorker(Worker):
         of_part = None if above is None else above[first : first + len(part.members)]
         super()._quantize_slab(part, of_part, out)
 
-    def _refuse(self, slab: Slab, on_cpu: Callable[[Any], object]) -> None:
+    def _amax_on_cpu(self, part: Slab, count: int) -> None:
+        super().amax([_stretch(part)], count)
+
+    def _refuse(self, slab: Slab, on_cpu: Callable[[Slab], None]) -> None:
         """Raise what the CPU says of a slab that the device found not to be finite."""
         for part in slabs(_stretch(slab)):
             on_cpu(part)
