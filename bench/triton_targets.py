@@ -92,14 +92,16 @@ class NoDevice:
 
 def compiled(target: str, dtype: str) -> Iterator[dict[str, Any]]:
     """A row for each kernel that each case launches."""
-    seen: list[tuple[str, Any, int, str]] = []
+    seen: list[tuple[str, Any, int]] = []
+    logs: dict[str, str] = {}  # a kernel that some case had before is not compiled again
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kw: Any) -> Any:
         log = StringIO()
         with redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kw)
-        seen.append((self.__name__, kernel, kw["num_warps"], log.getvalue()))
+        logs.setdefault(kernel.hash, log.getvalue())
+        seen.append((self.__name__, kernel, kw["num_warps"]))
         return kernel
 
     triton.runtime.driver.set_active(NoDevice(TARGETS[target]))
@@ -108,10 +110,10 @@ def compiled(target: str, dtype: str) -> Iterator[dict[str, Any]]:
         for case, call in _cases(DTYPES[dtype]):
             seen.clear()
             call()
-            for name, kernel, warps, log in seen:
+            for name, kernel, warps in seen:
                 yield {
                     "case": case, "kernel": name, "target": target, "dtype": dtype, "warps": warps,
-                    **_resources(kernel, log), "code": _code(kernel),
+                    **_resources(kernel, logs[kernel.hash]), "code": _code(kernel),
                 }  # fmt: skip
     finally:
         triton.JITFunction.run = run

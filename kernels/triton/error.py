@@ -43,7 +43,7 @@ def squares(
         col = first + tl.arange(0, W)[None, :]
         inside = valid[:, None] & (col < cols)
         w = load(x + (row * stride)[:, None] + col, inside, KIND).to(tl.float64)
-        v, s, _ = code_and_scale(
+        v, s, _block = code_and_scale(
             codes, scale, zero, g, row_bytes, scales, height, g_step, row, valid, col, inside,
             ELEMENT, SCALE, WIDTH, BITS, SIGNED, OFFSET,
         )  # fmt: skip

@@ -107,10 +107,12 @@ def integer(
     N: tl.constexpr = ROWS * BLOCKS
     row, block, valid = place(rows, blocks, across, ROWS, BLOCKS)
     lane = tl.arange(0, W)[None, :]
-    first, count, inside = block * W, cols - block * W, valid[:, None]
+    first, count, byte = block * W, cols - block * W, block * (W * BITS // 8)
+    inside = valid[:, None]
     if not EXACT:
         if ends is None:
             first, count = block * width, tl.zeros_like(block) + width
+            byte = block * (width // 8 * BITS)  # a width of no whole bytes is that of the row
         inside = inside & (lane < count[:, None])
     w = load(x + (row * stride + first)[:, None] + lane, inside, KIND)
     if ends is not None:
@@ -142,5 +144,4 @@ def integer(
         code = code & ((1 << BITS) - 1)
     if not EXACT:
         code = tl.where(inside, code, 0)
-    at = codes + row * row_bytes + first * BITS // 8
-    store_codes(code, at, count, valid, N, W, EXACT, BITS)
+    store_codes(code, codes + row * row_bytes + byte, count, valid, N, W, EXACT, BITS)

@@ -56,12 +56,10 @@ def store_codes(
 @triton.jit
 def load_code(at, i, mask, BITS: tl.constexpr):
     """Code number ``i``, of BITS, of a row that begins ``at`` a pointer; uint32."""
-    if BITS == 8:
-        return tl.load(at + i, mask=mask, other=0).to(tl.uint32)
     bit = i * BITS
     byte, shift = bit >> 3, (bit & 7).to(tl.uint32)
     code = tl.load(at + byte, mask=mask, other=0).to(tl.uint32)
-    if BITS == 3 or BITS >= 5:  # may end in the next byte, which then belongs to the row
+    if BITS == 3 or (BITS >= 5 and BITS < 8):  # may end in the next byte, which the row then has
         there = mask & (shift + BITS > 8)
         code = code | (tl.load(at + byte + 1, mask=there, other=0).to(tl.uint32) << 8)
     return (code >> shift) & ((1 << BITS) - 1)
