@@ -115,11 +115,9 @@ def plan_lines(plan: Plan, means: Means, free: int | None) -> Iterator[str]:
     on = f" on {', '.join(means.devices)}" if means.fleet else ""
     memory = size_text(means.peak_memory(plan))
     yield f"{means.workers} workers{on}, peak memory about {memory}{disk}"
-    for remark in means.remarks:
-        yield f"note: {remark}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
-    for note in plan.notes:
+    for note in (*plan.notes, *means.remarks):
         yield f"note: {note}"
 
 

@@ -7,7 +7,6 @@ Writes ``DST/0``, ``DST/1`` ... and prints for each what ran and what was remark
 
 import json
 import sys
-import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,8 +17,6 @@ import streamq
 from streamq.converting import Settings, devices, slabs
 from streamq.pipeline import cuda
 
-#: The interpreter puts functions of its own into triton while a kernel runs.
-ONE = threading.Lock()
 #: Bytes of the largest slab that there is room for: half a weight in f32.
 LARGEST = 72 << 10
 
@@ -35,13 +32,13 @@ class Stream(cuda.GpuStream):
         return SimpleNamespace(wait=lambda: None)
 
     def amax(self, *a):
-        with ONE, np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
             return super().amax(*a)
 
     def quantize(self, x, *a):
         if len(x) > LARGEST:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        with ONE, np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
             return super().quantize(x, *a)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -24,6 +25,10 @@ kernels: Any = _triton
 
 #: Compute capability that Triton's compiler supports, as its README has it.
 CAPABILITY = (8, 0)
+
+#: Held while kernels are started, so that a thread waits for one that compiles them and does not
+#: compile them too; a launch holds Python's own lock anyway.
+_LAUNCHING = threading.Lock()
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -104,7 +109,7 @@ class GpuStream:
 
     def amax(self, x: Any, shape: tuple[int, int], dtype: DType) -> Any:
         """Largest magnitude of each row."""
-        with self.current():
+        with _LAUNCHING, self.current():
             status = kernels.new_status(self._device)  # the numbers themselves tell
             return kernels.amax(_matrix(x, shape, dtype), status=status)
 
@@ -114,7 +119,7 @@ class GpuStream:
     ) -> Any:  # fmt: skip
         """Codes, scales and the status, in one piece of memory."""
         w = _matrix(x, shape, dtype)
-        with self.current():
+        with _LAUNCHING, self.current():
             made = torch.empty(parts.nbytes, dtype=torch.uint8, device=self._device)
             status = made[parts.status :].view(torch.int32).zero_()
             buffers = kernels.shapes(*shape, w.dtype, scheme, packing)
