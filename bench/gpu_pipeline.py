@@ -20,7 +20,7 @@ from run import WORK, make
 
 import streamq
 from streamq.converting import Settings
-from streamq.pipeline import open_devices
+from streamq.pipeline.find import open_devices
 
 SCHEMES = ("nvfp4a16", "fp8_block", "w4a16")
 PIECE = 8 << 20

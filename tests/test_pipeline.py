@@ -16,10 +16,10 @@ from helpers import write_checkpoint
 
 import streamq
 from streamq.cli import cli
-from streamq.converting import Settings, devices, jobs
+from streamq.converting import Settings, devices, fleet, jobs
 from streamq.errors import PlanError, StreamqError
-from streamq.pipeline import device_names
-from streamq.pipeline.find import no_gpu
+from streamq.pipeline import find
+from streamq.pipeline.names import device_names
 from streamq.schemes import SCHEMES
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
@@ -64,11 +64,11 @@ def use(monkeypatch):
 
     def stand_in(*fakes, slab=32 << 10, least=16 << 10, job=256 << 10):
         by_name = {fake.name: fake for fake in fakes}
-        monkeypatch.setattr(devices, "open_devices", lambda names: [by_name[n] for n in names])
-        monkeypatch.setattr(devices, "SLAB", slab)
-        monkeypatch.setattr(devices, "LEAST_SLAB", least)
+        monkeypatch.setattr(find, "open_devices", lambda names: [by_name[n] for n in names])
+        monkeypatch.setattr(fleet, "SLAB", slab)
+        monkeypatch.setattr(fleet, "LEAST_SLAB", least)
         monkeypatch.setattr("streamq.converting.slabs.SLAB", least)
-        monkeypatch.setattr(devices, "SMALL", least)
+        monkeypatch.setattr(fleet, "SMALL", least)
         monkeypatch.setattr(jobs, "JOB", job)
         return ",".join(by_name)
 
@@ -241,9 +241,9 @@ def test_a_weight_that_is_not_finite(value, scheme, tmp_path, use):
 SLOW = """
 import sys, time
 from fake_device import FakeDevice, FakeStream
-from streamq.converting import devices
+from streamq.pipeline import find
 from streamq.cli import main
-devices.open_devices = lambda names: [FakeDevice(n) for n in names]
+find.open_devices = lambda names: [FakeDevice(n) for n in names]
 quick = FakeStream.quantize
 def quantize(*a):
     print("working", flush=True)
@@ -303,7 +303,7 @@ def test_an_npu_is_refused(source, tmp_path):
 
 
 def test_torch_that_is_missing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamq.pipeline.find.find_spec", lambda name: None)
+    monkeypatch.setattr(find, "find_spec", lambda name: None)
     for command in ("plan", "convert"):
         args = [command, str(source), str(tmp_path / "out"), "-s", "nvfp4", "--device", "cuda"]
         result = CliRunner().invoke(cli, args)
@@ -334,8 +334,8 @@ def test_auto(start, gpu, opens, reason, source, tmp_path, monkeypatch):
         return [fake]
 
     monkeypatch.setattr(devices, "GPU_START", start)
-    monkeypatch.setattr(devices, "has_gpu", lambda: gpu)
-    monkeypatch.setattr(devices, "open_devices", open_devices)
+    monkeypatch.setattr(find, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(find, "open_devices", open_devices)
     args = ["convert", str(source), str(tmp_path / "out"), "-s", "nvfp4", "--device", "auto"]
     result = CliRunner().invoke(cli, [*args, "--json"])
     said = json.loads(result.stdout)
@@ -358,4 +358,4 @@ def test_auto(start, gpu, opens, reason, source, tmp_path, monkeypatch):
     ],
 )
 def test_why_there_is_no_gpu(said, why):
-    assert no_gpu(said, "2.13.0").startswith(why)
+    assert find.no_gpu(said, "2.13.0").startswith(why)

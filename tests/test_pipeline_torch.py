@@ -19,7 +19,7 @@ import streamq
 from streamq.cli import cli
 from streamq.converting import Settings
 from streamq.errors import PlanError
-from streamq.pipeline import has_gpu, open_devices
+from streamq.pipeline.find import has_gpu, open_devices
 
 pytestmark = needs_triton
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import streamq
-from streamq.converting import Settings, devices, slabs
-from streamq.pipeline import cuda
+from streamq.converting import Settings, fleet, slabs
+from streamq.pipeline import cuda, find
 
 #: Bytes of the largest slab that there is room for: half a weight in f32.
 LARGEST = 72 << 10
@@ -58,8 +58,8 @@ class Interpreted(cuda.Gpu):
 
 
 def main(source, out, rows):
-    devices.open_devices = lambda names: [Interpreted(n) for n in names]
-    devices.SLAB, devices.LEAST_SLAB, devices.SMALL, slabs.SLAB = 1 << 18, 1 << 13, 1 << 14, 1 << 14
+    find.open_devices = lambda names: [Interpreted(n) for n in names]
+    fleet.SLAB, fleet.LEAST_SLAB, fleet.SMALL, slabs.SLAB = 1 << 18, 1 << 13, 1 << 14, 1 << 14
     said = []
     for number, (scheme, how) in enumerate(json.loads(rows)):
         settings = Settings(sync=False, device="cuda:0,cuda:1", workers=2)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.errors import PlanError
@@ -17,10 +18,13 @@ from streamq.quality import Quality
 from streamq.schemes import BYTES
 from streamq.writer import Destination, check_destination, same_disk
 
-from .devices import Fleet, Means, is_quantized, means
+from .devices import Means, is_quantized, means
 from .jobs import JOB
 from .run import Run
 from .worker import Progress
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
 
 __all__ = [
     "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",

@@ -13,13 +13,15 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import StreamqError
-from streamq.pipeline import Device, Lane, NoRoom, Slot, arrange
+from streamq.pipeline.lane import Lane, NoRoom, Slot
+from streamq.pipeline.layer import Device
+from streamq.pipeline.parts import arrange
 from streamq.schemes import Quantized
 from streamq.tensors import size_text
 
-from . import devices
+from . import fleet as limits
 from .boxes import Out, Sink
-from .devices import Fleet
+from .fleet import Fleet
 from .slabs import Array, Slab, Stretch, shared, slabs, span_of
 from .worker import Progress, Worker
 
@@ -166,13 +168,13 @@ class DeviceWorker(Worker):
 
     def _shrink(self, slab: Slab) -> None:
         """Go on with slabs of half the size. Raises StreamqError where they are small already."""
-        if self._lane.size == devices.LEAST_SLAB:
+        if self._lane.size == limits.LEAST_SLAB:
             raise StreamqError(
                 f"{self._device.name} has no memory left for {size_text(_nbytes(slab))} of tensor "
                 f"{slab.head.name!r}; free some, or use --device cpu."
             )
         self._fleet.kept.close(self._device.name)
-        size = max(devices.LEAST_SLAB, self._lane.size // 2)
+        size = max(limits.LEAST_SLAB, self._lane.size // 2)
         self._lane.resize(self._fleet.room(size), size)
         self._fleet.shrank(self._device, size)
 

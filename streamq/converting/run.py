@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from streamq.checkpoint import Checkpoint
 from streamq.planning import Plan
@@ -13,9 +14,11 @@ from streamq.quality import Quality
 from streamq.writer import Destination
 
 from .boxes import Sink, Tally
-from .devices import Fleet
 from .scheduler import Scheduler
 from .worker import Progress, Stopped, Worker
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
 
 
 class Run:
