@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -13,14 +14,16 @@ import pytest
 from click.testing import CliRunner
 from fake_device import FakeDevice
 from helpers import write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 
 import streamq
 from streamq.cli import cli
-from streamq.converting import Settings, devices, fleet, jobs
+from streamq.converting import Settings, devices, fleet, jobs, slabs
 from streamq.errors import PlanError, StreamqError
 from streamq.pipeline import find
 from streamq.pipeline.names import device_names
-from streamq.schemes import SCHEMES
+from streamq.schemes import ALL, SCHEMES
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -162,6 +165,41 @@ def test_what_a_device_does_not_have_runs_on_the_cpu(source, tmp_path, use):
     assert files(tmp_path / "r1") == files(tmp_path / "r2")
     assert mixed.backend == "fake on cuda:0, cpu (numba)"
     assert "weights to FP8_BLOCK ran on cpu" in mixed.remarks[0]
+
+
+ANY = ["NVFP4A16", "MXFP4", "FP8_BLOCK", "FP8_DYNAMIC", "W8A8", "W4A16", "W3A16_ASYM"]
+
+
+@given(data=st.data())
+def test_any_checkpoint_on_any_devices(data):
+    """Odd shapes, slabs and jobs of any size, memory for hardly more than one slab."""
+    scheme = SCHEMES[data.draw(st.sampled_from(ANY))]
+    step = 1 if scheme.block[1] == ALL or scheme.block[0] != 1 else scheme.block[1]
+    dtype = data.draw(st.sampled_from([BF16, F16, F32]))
+    leaves = st.sampled_from(["q_proj", "k_proj", "o_proj", "down_proj"])
+    modules = st.lists(st.tuples(st.integers(0, 3), leaves), min_size=1, max_size=8, unique=True)
+    rng, tensors = np.random.default_rng(data.draw(st.integers(0, 9))), {}
+    for layer, leaf in data.draw(modules):
+        shape = data.draw(st.integers(1, 260)), step * data.draw(st.integers(1, 600 // step + 1))
+        x = (rng.standard_normal(shape) * 0.02).astype(dtype)
+        tensors[f"model.layers.{layer}.{leaf}.weight"] = x
+    late, memory = data.draw(st.booleans()), data.draw(st.sampled_from([2 << 20, 8 << 20]))
+    slab, small = (1 << data.draw(st.integers(12, 19)) for _ in range(2))
+    fakes = {f"cuda:{i}": FakeDevice(f"cuda:{i}", late=late, memory=memory)
+             for i in range(data.draw(st.integers(1, 3)))}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        source = write_checkpoint(Path(folder, "in"), tensors)
+        how = {"shard_size": data.draw(st.sampled_from([None, 50_000]))}
+        convert(source, Path(folder, "cpu"), scheme.name, how=how)
+        patch.setattr(find, "open_devices", lambda names: [fakes[n] for n in names])
+        patch.setattr(fleet, "SLAB", slab)
+        patch.setattr(fleet, "LEAST_SLAB", 1 << 12)
+        patch.setattr(fleet, "SMALL", small)
+        patch.setattr(slabs, "SLAB", small)
+        patch.setattr(jobs, "JOB", 1 << data.draw(st.integers(12, 20)))
+        convert(source, Path(folder, "device"), scheme.name, ",".join(fakes), how)
+        assert files(Path(folder, "device")) == files(Path(folder, "cpu"))
+    assert all(fake.used == 0 and fake.most <= memory for fake in fakes.values())
 
 
 # --- memory ------------------------------------------------------------------------------
