@@ -28,6 +28,7 @@ class Buffer:
     """Memory of a device, which is free again when nobody holds it."""
 
     def __init__(self, device, nbytes):
+        self.device = device
         with device.lock:
             if device.used + nbytes > device.memory:
                 raise OutOfMemory
@@ -103,6 +104,7 @@ class FakeStream:
         return to
 
     def quantize(self, x, shape, dtype, scheme, packing, numerics, outer, parts):
+        assert x.device is self.device, "memory of another device"
         if self.device.broken:
             raise RuntimeError(self.device.broken)
         if self.device.largest is not None and len(x.data) > self.device.largest:

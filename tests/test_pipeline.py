@@ -22,6 +22,7 @@ from streamq.cli import cli
 from streamq.converting import Settings, devices, fleet, jobs, slabs
 from streamq.errors import PlanError, StreamqError
 from streamq.pipeline import find
+from streamq.pipeline.kept import Kept
 from streamq.pipeline.names import device_names
 from streamq.schemes import ALL, SCHEMES
 
@@ -118,13 +119,35 @@ def test_the_bytes_are_those_of_the_cpu(scheme, how, late, source, tmp_path, use
 def test_slabs_stay_on_the_device_between_two_passes(job, source, tmp_path, use):
     fake = FakeDevice()
     same(source, tmp_path, "nvfp4", use(fake, job=job))
-    once = fake.uploads
-    again = FakeDevice(memory=once * 0 + 400 << 10)
-    use(again, job=job)
+    little = FakeDevice()
+    use(little, job=job)
     convert(source, tmp_path / "little", "nvfp4", "cuda:0", device_memory=300 << 10)
     assert files(tmp_path / "little") == files(tmp_path / "cpu")
-    assert once < again.uploads
-    assert again.most <= 300 << 10
+    assert fake.uploads < little.uploads
+    assert little.most <= 300 << 10
+
+
+def test_what_is_kept_on_devices():
+    """By place, for the device that has it, in the size it was kept; no more than the budget."""
+    kept = Kept({"cuda:0": 100, "cuda:1": 100})
+    for i, (device, nbytes) in enumerate([("cuda:0", 60), ("cuda:0", 60), ("cuda:1", 60)]):
+        kept.put(("a", i * 60), device, nbytes, i)
+    assert kept.take(("a", 60), "cuda:0", 60) is None  # was over the budget
+    assert kept.take(("a", 120), "cuda:0", 60) is None  # is on another one, and dropped now
+    assert kept.take(("a", 120), "cuda:1", 60) is None
+    kept.put(("a", 60), "cuda:1", 90, "new")
+    assert kept.take(("a", 60), "cuda:1", 60) is None  # not that size
+    assert kept.take(("a", 0), "cuda:0", 60) == 0
+    kept.put(("a", 0), "cuda:0", 100, 1)
+    kept.forget([("b", 0, 9), ("a", 1, 9)])
+    assert kept.take(("a", 0), "cuda:0", 100) == 1
+    kept.put(("a", 0), "cuda:0", 100, 1)
+    kept.forget([("a", 0, 1)])
+    assert kept.take(("a", 0), "cuda:0", 100) is None
+    kept.put(("a", 0), "cuda:0", 100, 1)
+    kept.close("cuda:0")
+    kept.put(("a", 0), "cuda:0", 1, 1)
+    assert kept.take(("a", 0), "cuda:0", 1) is None
 
 
 def test_what_is_measured_is_what_the_cpu_measures(source, tmp_path, use):
@@ -280,6 +303,7 @@ SLOW = """
 import sys, time
 from fake_device import FakeDevice, FakeStream
 from streamq.pipeline import find
+from streamq.pipeline.kept import Kept
 from streamq.cli import main
 find.open_devices = lambda names: [FakeDevice(n) for n in names]
 quick = FakeStream.quantize
