@@ -22,7 +22,11 @@ def run():
     return with_arrays(interpreted())
 
 
-@pytest.mark.parametrize("name", CASES)
+#: The golden cases without those that only their activations tell apart.
+DISTINCT = {replace(s, name="", activation=None): name for name, s in CASES.items()}.values()
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_golden(run, name):
     scheme, inputs, golden = CASES[name], read("inputs"), read(name)
     assert run.supports(scheme)
@@ -58,7 +62,7 @@ def agree(run, x, scheme, packing, numerics, outer):
         assert equal(got.zero_point, wanted.zero_point)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DISTINCT)
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_equals_the_reference(run, name, data):
@@ -84,10 +88,8 @@ def weights(rows, cols, dtype="bf16"):
     [(1, 8, 8), (3, 40, 8), (5, 72, 24), (2, 640, 128), (1, 33, ALL), (3, 34, ALL), (2, 1, ALL)],
 )
 def test_words_of_every_width_and_any_shape(run, bits, rows, cols, group):
-    x = weights(rows, cols)
-    for symmetric in (True, False):
-        scheme = Scheme("odd", "int", bits, (1, group), symmetric=symmetric)
-        agree(run, x, scheme, Packing("words", bits), "f32", None)
+    scheme = Scheme("odd", "int", bits, (1, group), symmetric=bits % 2 == 0)
+    agree(run, weights(rows, cols), scheme, Packing("words", bits), "f32", None)
 
 
 #: One scheme for every kernel, and every way in which one walks a matrix.
@@ -114,14 +116,13 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_rows_that_are_strided_and_tiles_that_are_ragged(run, name, dtype):
-    scheme = KERNELS[name]
-    whole = weights(37, 896, dtype)
-    for part in (whole[3:22, 128:768], whole[-1:], whole[:, :128]):
+def test_rows_that_are_strided_and_tiles_that_are_ragged(run, name):
+    scheme, packing = KERNELS[name], packing_of(KERNELS[name])
+    dtype = list(DTYPES)[list(KERNELS).index(name) % 3]
+    whole = weights(13, 640, dtype)
+    for part in (whole[3:12, 128:512], whole[-1:], whole[:, :128]):
         outer = outer_of(part, scheme, "f32")
-        packing = packing_of(scheme)
         wanted = reference.quantize(part, scheme, packing, outer=outer)
         there = tensor(whole)[_place(whole, part)]
         assert equal(there.float().numpy(), part.astype(np.float32))
@@ -152,12 +153,8 @@ def test_rows_longer_than_a_tile(run, name, numerics, cols, monkeypatch):
         monkeypatch.setattr(module, "TILE", 32)
         monkeypatch.setattr(module, "LONGEST", 64)
     monkeypatch.setattr(run.module.integer, "SEARCH_LONGEST", 32)
-    scheme = KERNELS[name]
-    for dtype in DTYPES:
-        x = weights(5, cols, dtype)
-        outer = outer_of(x, scheme, numerics)
-        for packing in (BYTES, packing_of(scheme)):
-            agree(run, x, scheme, packing, numerics, outer)
+    scheme, x = KERNELS[name], weights(2, cols)
+    agree(run, x, scheme, packing_of(scheme), numerics, outer_of(x, scheme, numerics))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -175,17 +172,24 @@ def test_rows_behind_two_to_the_31_elements(run, name):
     assert equal(array(got.codes), wanted.codes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", KERNELS)
-def test_nan_and_inf_are_refused_with_their_place(run, name, bad, dtype):
+def test_nan_and_inf_are_refused_with_their_place(run, name, bad):
     scheme = KERNELS[name]
-    x = np.ones((130, 256 if scheme.block[1] != 40 else 280), DTYPES[dtype])
-    x[129, 201] = bad
-    outer = np.ones(130, np.float32) if scheme.needs_amax else None
-    with pytest.raises(NonFiniteError, match="weight at row 129, column 201 "):
+    dtype = list(DTYPES)[list(KERNELS).index(name) % 3]
+    x = np.ones((5, 256), DTYPES[dtype])
+    x[4, 201] = bad
+    outer = np.ones(5, np.float32) if scheme.needs_amax else None
+    with pytest.raises(NonFiniteError, match="weight at row 4, column 201 "):
         run.quantize(x, scheme, outer=outer)
-    with pytest.raises(NonFiniteError, match="weight at row 129, column 201 "):
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_amax_refuses_nan_and_inf(run, bad, dtype):
+    x = np.ones((130, 4100), DTYPES[dtype])
+    x[129, 4099] = bad
+    with pytest.raises(NonFiniteError, match="weight at row 129, column 4099 "):
         run.amax(x)
 
 
@@ -243,7 +247,7 @@ def test_outputs_may_be_pieces_of_one_buffer(run, name):
         assert equal(array(part).view(np.uint8), getattr(wanted, role).view(np.uint8)), role
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_golden_codes_have_the_values_of_the_reference(run, name):
     scheme, inputs, golden = CASES[name], read("inputs"), read(name)
     for dtype in DTYPES:
@@ -266,7 +270,7 @@ def test_golden_codes_have_the_values_of_the_reference(run, name):
             assert equal(got, wanted.astype(DTYPES[dtype])), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DISTINCT)
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_dequantize_equals_the_reference(run, name, data):
@@ -292,16 +296,17 @@ def test_a_bias_is_added_last(run, bits, packed):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_energies_are_those_of_the_cpu(run, name):
-    from streamq.kernels import cpu
-
-    scheme = KERNELS[name]
-    x = weights(19, 640)
+def test_energies_are_those_of_the_dequantized_weight(run, name):
+    scheme, x = KERNELS[name], weights(5, 640)
     outer = outer_of(x, scheme, "f32")
+    q = reference.quantize(x, scheme, outer=outer)
+    w = x.astype(np.float64)
+    e = w - reference.dequantize(q, scheme)
+    wanted = np.stack([(w * w).sum(axis=1), (e * e).sum(axis=1)], axis=1)
     for packing in (BYTES, packing_of(scheme)):
-        q = cpu.quantize(x, scheme, packing, outer=outer)
-        wanted = cpu.energies(x, q, scheme, packing, outer)
-        np.testing.assert_allclose(run.energies(x, q, scheme, packing, outer), wanted, rtol=1e-5)
+        packed = replace(q, codes=reference.pack(q.codes, packing))
+        got = run.energies(x, packed, scheme, packing, outer)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
