@@ -41,10 +41,15 @@ class Buffer:
 class FakeDevice:
     kernels = "fake"
 
-    def __init__(self, name="cuda:0", *, late=True, memory=1 << 30, largest=None, broken=None):
-        """``largest``: bytes of a slab that kernels have room for; ``broken``: what they say."""
+    def __init__(
+        self, name="cuda:0", *, late=True, memory=1 << 30, largest=None, broken=None, meet=None
+    ):
+        """``largest``: bytes of a slab that kernels have room for; ``broken``: what they say.
+
+        ``meet``: a barrier for the threads of all devices, so that each of them has work.
+        """
         self.name, self.late, self.memory = name, late, memory
-        self.largest, self.broken = largest, broken
+        self.largest, self.broken, self.meet = largest, broken, meet
         self.used = self.most = self.slabs = self.uploads = 0
         self.lock = threading.RLock()
 
@@ -62,6 +67,8 @@ class FakeDevice:
         return np.full(nbytes, POISON, np.uint8)
 
     def stream(self):
+        if self.meet:
+            self.meet.wait(60)
         return FakeStream(self)
 
     def out_of_memory(self, error):
