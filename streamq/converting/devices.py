@@ -15,14 +15,15 @@ if TYPE_CHECKING:  # what only devices need is imported for them: 3 ms
 
     from .fleet import Fleet
 
-#: Host memory of torch beside that of numba: measured on the CPU build, contexts of GPUs add to it.
-TORCH_MEMORY = 222 << 20
+#: Host memory of torch and Triton: measured with a build of torch 2.13 for the CPU (345 MiB with
+#: numba, which takes 89 alone); the context of a GPU comes on top of it.
+TORCH_MEMORY = 256 << 20
 
 #: What ``--device auto`` compares. Bytes of bf16 a second that one core quantizes: about the
 #: slowest in docs/performance.md, and in docs/quality.md for searched scales.
 CORE_RATE = {"absmax": 5.0e9, "search": 0.6e9}
-#: Seconds until the first kernel of a GPU runs: 1.3 to import torch are measured, the rest,
-#: its context and loading kernels, is assumed.
+#: Seconds until the first kernel of a GPU runs: 1.1 to import torch are measured, the rest, its
+#: context and loading kernels, is assumed.
 GPU_START = 3.0
 
 

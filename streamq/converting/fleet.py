@@ -30,11 +30,15 @@ SHARE = 0.75
 
 
 class Fleet:
-    """The devices of one conversion, and what is worth telling of it afterwards."""
+    """The devices of one conversion, and what is worth telling of it afterwards.
+
+    ``size``: bytes of the source in a slab to begin with, ``least`` where memory is short.
+    ``kept``: slabs that wait for their second pass.
+    """
 
     def __init__(self, plans: Sequence[Plan], devices: list[Device]) -> None:
         self.devices = devices
-        self.size = SLAB
+        self.size, self.least = SLAB, LEAST_SLAB
         self.kept = Kept({})
         self._weights = [w for plan in plans if not plan.verbatim
                          for s in plan.shards for w in s.weights if is_quantized(w)]  # fmt: skip

@@ -19,7 +19,6 @@ from streamq.pipeline.parts import arrange
 from streamq.schemes import Quantized
 from streamq.tensors import size_text
 
-from . import fleet as limits
 from .boxes import Out, Sink
 from .fleet import Fleet
 from .slabs import Array, Slab, Stretch, shared, slabs, span_of
@@ -100,9 +99,7 @@ class DeviceWorker(Worker):
             return
 
         def launch(part: Slab, slot: Slot, x: Any) -> Callable[[], None]:
-            first = part.number - slab.number
-            of_part = None if above is None else above[first : first + len(part.members)]
-            return self._ask(part, slot, x, of_part, out)
+            return self._ask(part, slot, x, _of_part(part, slab, above), out)
 
         self._submit(slab, launch)
 
@@ -168,20 +165,18 @@ class DeviceWorker(Worker):
 
     def _shrink(self, slab: Slab) -> None:
         """Go on with slabs of half the size. Raises StreamqError where they are small already."""
-        if self._lane.size == limits.LEAST_SLAB:
+        if self._lane.size == self._fleet.least:
             raise StreamqError(
                 f"{self._device.name} has no memory left for {size_text(_nbytes(slab))} of tensor "
                 f"{slab.head.name!r}; free some, or use --device cpu."
             )
         self._fleet.kept.close(self._device.name)
-        size = max(limits.LEAST_SLAB, self._lane.size // 2)
+        size = max(self._fleet.least, self._lane.size // 2)
         self._lane.resize(self._fleet.room(size), size)
         self._fleet.shrank(self._device, size)
 
     def _quantize_on_cpu(self, part: Slab, slab: Slab, above: Array | None, out: Out) -> None:
-        first = part.number - slab.number
-        of_part = None if above is None else above[first : first + len(part.members)]
-        super()._quantize_slab(part, of_part, out)
+        super()._quantize_slab(part, _of_part(part, slab, above), out)
 
     def _amax_on_cpu(self, part: Slab, count: int) -> None:
         super().amax([_stretch(part)], count)
@@ -206,6 +201,12 @@ def _nbytes(slab: Slab) -> int:
 
 def _place(slab: Slab) -> tuple[str, int]:
     return slab.head.file, slab.start
+
+
+def _of_part(part: Slab, slab: Slab, above: Array | None) -> Array | None:
+    """The scales above the members of a part, from those of the slab that it was cut from."""
+    first = part.number - slab.number
+    return None if above is None else above[first : first + len(part.members)]
 
 
 def _stretch(slab: Slab) -> Stretch:

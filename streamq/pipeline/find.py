@@ -15,20 +15,20 @@ EXTRA = "pip install 'streamq[gpu]'"
 #: Files by which Linux shows an NVIDIA GPU, an AMD one, and one inside of WSL.
 _GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 
-#: What torch says where it finds no GPU, and what that means here.
-_REASONS = (
-    ("not compiled with CUDA", "torch {torch} is built for the CPU alone; install one for GPUs "
-     "(https://pytorch.org/get-started)"),
-    ("driver on your system is too old", "the NVIDIA driver is too "
-     "old for torch {torch}; update it, or install a torch that is built for it"),
-    ("Found no NVIDIA driver", "there is no NVIDIA driver; install one"),
-    ("No CUDA GPUs are available", "no GPU is visible to torch; look at "
-     "CUDA_VISIBLE_DEVICES and nvidia-smi"),
-)  # fmt: skip
+#: What torch says where it finds no GPU, and what that means.
+_REASONS = {
+    "not compiled with CUDA": "torch {torch} is built for the CPU alone; install one for GPUs "
+                              "(https://pytorch.org/get-started)",
+    "driver on your system is too old": "the NVIDIA driver is too old for torch {torch}; update "
+                                        "it, or install a torch that is built for it",
+    "Found no NVIDIA driver": "there is no NVIDIA driver; install one",
+    "No CUDA GPUs are available": "no GPU is visible to torch; look at CUDA_VISIBLE_DEVICES and "
+                                  "nvidia-smi",
+}  # fmt: skip
 
 
 def has_gpu() -> bool:
-    """Whether this machine shows one, without the 1.3 s that importing torch takes."""
+    """Whether this machine shows one, without importing torch, which takes a second."""
     return any(map(glob, _GPU_FILES))
 
 
@@ -62,7 +62,7 @@ def no_gpu(said: str, version: str) -> str:
 
     ``said``: the exception of ``torch.cuda.init``, by torch of a ``version``.
     """
-    for part, means in _REASONS:
+    for part, means in _REASONS.items():
         if part in said:
             return means.format(torch=version)
     return f"torch finds no GPU ({_first(said)}); mend that"
