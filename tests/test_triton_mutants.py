@@ -63,7 +63,8 @@ MUTANTS = {
         "steps = (tl.floor(v * float_of((508 << 22) - power)) ).to(tl.uint32)", "NVFP4",
     ),
     "e2m1 and e4m3 are not saturated": (
-        "bits.py", "    v = tl.minimum(a, TOP)\n    exponent", "    v = a\n    exponent", "FP8_DYNAMIC",
+        "bits.py", "    v = tl.minimum(a, TOP)\n    exponent", "    v = a\n    exponent",
+        "FP8_DYNAMIC",
     ),
     "subnormals of small floats have steps of their own": (
         "bits.py", "exponent = tl.maximum(bits_of(v), LEAST << 23) & _INF",
@@ -74,8 +75,10 @@ MUTANTS = {
         "MXFP4",
     ),
     "FP8 by reciprocal": (
-        "fp8.py", "tl.div_rn(w, s[:, None]), STEP))\n    tl.store(codes + (row * cols)[:, None] + at",
-        "w * tl.div_rn(1.0, s)[:, None], STEP))\n    tl.store(codes + (row * cols)[:, None] + at", "FP8_DYNAMIC",
+        "fp8.py",
+        "tl.div_rn(w, s[:, None]), STEP))\n    tl.store(codes + (row * cols)[:, None] + at",
+        "w * tl.div_rn(1.0, s)[:, None], STEP))\n    tl.store(codes + (row * cols)[:, None] + at",
+        "FP8_DYNAMIC",
     ),
     "FP8 scales by reciprocal": (
         "fp8.py", "tl.div_rn(top, 448.0)", "top * (1.0 / 448.0)", "FP8_BLOCK_F32_SCALE",

@@ -36,8 +36,8 @@ def operands(
     height, width = scheme.block_of(rows, cols)
     bits, offset = width_and_offset(packing)
     scale, bias = q.scale, q.bias
+    global_scale: Any = q.global_scale
     one_byte = {"e4m3": E4M3.value, "e8m0": E8M0.value}
-    global_scale = q.global_scale
     args = [
         raw(q.codes), raw(scale), q.zero_point, None if bias is None else raw(bias), global_scale,
         q.codes.shape[1], scale.shape[1], 1 if len(scale) == rows else height,
