@@ -50,6 +50,7 @@ class FakeDevice:
         """
         self.name, self.late, self.memory = name, late, memory
         self.largest, self.broken, self.meet = largest, broken, meet
+        self.trimmed = False
         self.used = self.most = self.slabs = self.uploads = 0
         self.lock = threading.RLock()
 
@@ -75,7 +76,7 @@ class FakeDevice:
         return isinstance(error, OutOfMemory)
 
     def trim(self):
-        pass
+        self.trimmed = True
 
 
 class FakeStream:

@@ -290,6 +290,8 @@ def test_a_failing_device_is_an_error(source, tmp_path, use):
         convert(source, tmp_path / "out", "nvfp4", device)
     assert str(e.value).startswith("cuda:1 failed at tensor 'model.layers.")
     assert ": CUDA error: an illegal memory access; run it again" in str(e.value)
+    assert works.trimmed
+    assert works.used == 0
     assert not (tmp_path / "out").exists()
 
 

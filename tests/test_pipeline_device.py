@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(UNABLE is not None, reason=UNABLE or "")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """270 MB: many slabs under way in every thread, large steps, rows of odd lengths."""
+    """210 MB: many slabs under way in every thread, large steps, rows of odd lengths."""
     rng = np.random.default_rng(0)
     shapes = {f"model.layers.{n}.mlp.{p}_proj.weight": (4096, 2048)
               for n in range(3) for p in ("gate", "up")}  # fmt: skip
@@ -60,9 +60,10 @@ def test_memory_is_what_was_allowed(memory, source, tmp_path):
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     convert(source, tmp_path / "out", "nvfp4", "cuda", device_memory=memory, workers=8)
-    assert torch.cuda.max_memory_allocated() <= memory
-    assert torch.cuda.memory_allocated() == 0
+    assert torch.cuda.max_memory_allocated() - before <= memory
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_device_that_runs_out_of_memory_goes_on(source, tmp_path):

@@ -131,6 +131,8 @@ def convert_all(
     finally:
         for target in targets:
             target.sync.close()
+        if means.fleet:
+            means.fleet.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
     backend = means.backend(cpu)

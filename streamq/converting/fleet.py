@@ -61,6 +61,12 @@ class Fleet:
             self._rooms[size] = room_for([w for w in self._weights if self.takes(w)], size)
         return self._rooms[size]
 
+    def close(self) -> None:
+        """Leave nothing on the devices."""
+        for device in self.devices:
+            self.kept.close(device.name)
+            device.trim()
+
     def ran(self, device: Device) -> None:
         """Note that a device has done something."""
         self._ran.add(device.name)  # set.add is atomic
