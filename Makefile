@@ -20,7 +20,7 @@ test: .venv/ready-test lint
 
 # On a machine with a GPU; everything else that tests the Triton kernels is in `make test`.
 test-gpu: .venv/ready-test
-	STREAMQ_TEST_GPU=1 $(BIN)/python -m pytest tests/test_triton_device.py
+	STREAMQ_TEST_GPU=1 $(BIN)/python -m pytest tests/test_triton_device.py tests/test_pipeline_device.py
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

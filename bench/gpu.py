@@ -2,6 +2,7 @@
 
     python bench/gpu.py                     every section
     python bench/gpu.py kernels -r 15       one section, fifteen rounds
+    python bench/gpu.py pipeline            conversions of 4 GB beside what bounds them
 
 Contestants take turns, round after round; medians. Bytes are those that have to move: the
 weight once, codes and scales once (the weight twice where a scale over the tensor comes
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_peers import eager, torchao
+from gpu_pipeline import pipeline
 from rich.console import Console
 from rich.table import Table
 
@@ -139,7 +141,9 @@ def _time(call: Call) -> float:
 
 
 #: What can be measured; each gives rows of one table.
-SECTIONS: dict[str, Callable[[int], list[dict[str, str]]]] = {"kernels": kernels}
+SECTIONS: dict[str, Callable[[int], list[dict[str, str]]]] = {
+    "kernels": kernels, "pipeline": pipeline,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from streamq.checkpoint import Checkpoint
-from streamq.converting import Output, Summary
+from streamq.converting import Means, Output, Summary
 from streamq.families import Family, collapse
 from streamq.formats import FORMATS, default_format
 from streamq.planning import Plan
@@ -17,7 +17,7 @@ from streamq.schemes import PLAIN, SCHEMES, block_text
 from streamq.tensors import DTYPES, TensorInfo, size_text
 
 
-def plan_json(plan: Plan, workers: int, free: int | None, held: int = 0) -> dict[str, Any]:
+def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
     """A plan for programs: every tensor with what it becomes, sizes in bytes."""
     quantized = [
         {
@@ -38,10 +38,11 @@ def plan_json(plan: Plan, workers: int, free: int | None, held: int = 0) -> dict
         "numerics": plan.options.numerics,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
-        "peak_memory": plan.peak_memory(workers, held),
+        "peak_memory": means.peak_memory(plan),
         "disk_needed": plan.disk_needed,
         "disk_free": free,
-        "workers": workers,
+        "workers": means.workers,
+        "devices": means.devices,
         "shards": [{"name": s.name, "bytes": s.size, "tensors": len(s.names)} for s in plan.shards],
         "tensors": quantized + kept,
         "warnings": plan.warnings,
@@ -49,7 +50,7 @@ def plan_json(plan: Plan, workers: int, free: int | None, held: int = 0) -> dict
     }
 
 
-def show_plan(plan: Plan, workers: int, free: int | None, held: int = 0) -> None:
+def show_plan(plan: Plan, means: Means, free: int | None) -> None:
     """The plan as tables: what is quantized, what is not and why, what it needs."""
     console = _console()
     console.print(f"{plan.scheme_names}: {scheme_text(plan)}", soft_wrap=True, markup=False)
@@ -74,7 +75,7 @@ def show_plan(plan: Plan, workers: int, free: int | None, held: int = 0) -> None
         table.add_row(name, _shape(shape), dtype, str(count), size_text(size), why)
     if kept:
         console.print(table)
-    for line in plan_lines(plan, workers, free, held):
+    for line in plan_lines(plan, means, free):
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -101,7 +102,7 @@ def _add_rows(table: Any, rows: dict[tuple[str, tuple[int, ...], str], list[int]
         table.add_row(name, _shape(shape), dtype, str(count), size_text(size), size_text(out))
 
 
-def plan_lines(plan: Plan, workers: int, free: int | None, held: int = 0) -> Iterator[str]:
+def plan_lines(plan: Plan, means: Means, free: int | None) -> Iterator[str]:
     """The plan in a few lines, before the work."""
     quantized = sum(len(w.sources) for s in plan.shards for w in s.weights)
     ratio = plan.bytes_in / plan.bytes_out
@@ -111,10 +112,12 @@ def plan_lines(plan: Plan, workers: int, free: int | None, held: int = 0) -> Ite
         f"{size_text(plan.bytes_out)} in {_files(len(plan.shards))} ({ratio:.2f}x smaller)"
     )
     disk = "" if free is None else f", disk {size_text(plan.disk_needed)} of {size_text(free)} free"
-    yield f"{workers} workers, peak memory about {size_text(plan.peak_memory(workers, held))}{disk}"
+    on = f" on {', '.join(means.devices)}" if means.fleet else ""
+    memory = size_text(means.peak_memory(plan))
+    yield f"{means.workers} workers{on}, peak memory about {memory}{disk}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
-    for note in plan.notes:
+    for note in (*plan.notes, *means.remarks):
         yield f"note: {note}"
 
 
@@ -125,7 +128,7 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
         "format": format_of(output.plan), "verbatim": output.plan.verbatim,
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
-        "bytes_resumed": summary.resumed,
+        "bytes_resumed": summary.resumed, "remarks": list(summary.remarks),
         **(quality_json(summary.quality) if summary.quality else {}),
     }  # fmt: skip
 
@@ -145,6 +148,8 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
         f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
         f"({speed}), {summary.workers} workers, {summary.backend}"
     )
+    for remark in summary.remarks:
+        yield f"note: {remark}"
     if summary.rounded:
         yield f"note: {summary.rounded} scales had to be rounded to the dtype that this format has"
     if summary.quality:

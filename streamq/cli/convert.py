@@ -11,7 +11,7 @@ import click
 
 from .allocate import allocated, is_allocated, refuse_beside_target, target_options
 from .group import cli
-from .options import options_of, scheme_options, settings_of
+from .options import device_options, options_of, scheme_options, settings_of
 from .report import of_conversion, report_option
 
 
@@ -80,6 +80,7 @@ _to = click.option(
 @click.argument("dst", type=click.Path(), required=False)
 @scheme_options
 @target_options
+@device_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
     """Show what a conversion of SRC would do, without writing anything.
@@ -92,22 +93,19 @@ def plan(src: str, dst: str | None, **o: Any) -> None:
 def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq import show
     from streamq.checkpoint import open_checkpoint
-    from streamq.converting import held_by, workers_of
+    from streamq.converting import means_of
     from streamq.writer import free_bytes
 
     with open_checkpoint(src) as source:
         outputs = _outputs(source, wanted, o)
-        workers = workers_of(outputs, settings_of(o))
+        means = means_of(outputs, settings_of(o))
         free = [free_bytes(Path(w.dst)) if w.dst else None for w in wanted]
     if o["as_json"]:
-        plans = [
-            show.plan_json(x.plan, workers, f, held_by(outputs))
-            for x, f in zip(outputs, free, strict=True)
-        ]
+        plans = [show.plan_json(x.plan, means, f) for x, f in zip(outputs, free, strict=True)]
         click.echo(json.dumps(plans if o["to"] else plans[0], indent=2))
         return
     for output, f in zip(outputs, free, strict=True):
-        show.show_plan(output.plan, workers, f, held_by(outputs))
+        show.show_plan(output.plan, means, f)
 
 
 @cli.command()
@@ -115,6 +113,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @click.argument("dst", type=click.Path(), required=False)
 @scheme_options
 @target_options
+@device_options
 @_to
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
@@ -135,7 +134,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     """
     from streamq import show
     from streamq.checkpoint import open_checkpoint
-    from streamq.converting import check_outputs, convert_all, held_by, workers_of
+    from streamq.converting import check_outputs, convert_all, means_of
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
     from streamq.report import check_target, write
@@ -157,10 +156,10 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         refuse_overlap(src, w.dst or "")
     with open_checkpoint(src) as source:
         outputs = _outputs(source, wanted, o)
-        workers = workers_of(outputs, settings_of(o))
+        means = means_of(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])
         for output in outputs:
-            for line in show.plan_lines(output.plan, workers, free, held_by(outputs)):
+            for line in show.plan_lines(output.plan, means, free):
                 say(line)
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:

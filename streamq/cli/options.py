@@ -26,6 +26,18 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
     return int(size)
 
 
+def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """What ``device_names`` knows. Anything else is wrong usage."""
+    from streamq.errors import PlanError
+    from streamq.pipeline.names import device_names
+
+    try:
+        device_names(value)
+    except PlanError as e:
+        raise click.BadParameter(str(e)) from None
+    return value
+
+
 def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     """Numbers of ranks from 2,4,8."""
     parts = value.split(",") if value else []
@@ -84,6 +96,19 @@ def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def device_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a conversion runs on; no byte of the output depends on it."""
+    for option in reversed([
+        click.option("--device", callback=device, default="cpu", show_default=True, metavar="NAME",
+                     help="What quantizes: cpu, cuda, cuda:0,cuda:1 and so on, or auto for what "
+                          "is faster (docs/gpu.md)."),
+        click.option("--device-memory", callback=size, metavar="SIZE",
+                     help="Memory to use on each device (default: 3/4 of what is free)."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
 #: Options that formats have of their own.
 FORMAT_OPTIONS = ("gpt_fast_names", "scale_fmt", "group_dim")
 
@@ -115,5 +140,5 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     return Settings(
         o["workers"], o["max_memory"], not o.get("no_sync", False), o.get("overwrite", False),
         o.get("stats", False) or details, details, progress, notify, o.get("restart", False),
-        o.get("sha256", False),
+        o.get("sha256", False), o.get("device", "cpu"), o.get("device_memory"),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.errors import PlanError
@@ -18,14 +19,18 @@ from streamq.schemes import BYTES
 from streamq.trust import fingerprint
 from streamq.writer import Destination, check_destination, same_disk
 
+from .devices import Means, is_quantized, means
 from .jobs import JOB
 from .origin import identity_of, origin_of
 from .run import Run, Target
 from .worker import Progress
 
+if TYPE_CHECKING:
+    from .fleet import Fleet
+
 __all__ = [
-    "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
-    "default_workers", "repeat",
+    "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
+    "default_workers", "means_of", "repeat",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +48,8 @@ class Settings:
     what is there, once the new one is complete. ``stats``: measure what the weights lose,
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
-    that of every file as well.
+    that of every file as well. ``device``: "cpu", "auto", "cuda", or several as in
+    "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
     """
 
     workers: int | None = None
@@ -56,6 +62,8 @@ class Settings:
     notify: Callable[[str], None] | None = None
     restart: bool = False
     sha256: bool = False
+    device: str = "cpu"
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,8 @@ class Output:
 class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
-    ``resumed``: bytes of the output that an earlier run had written.
+    ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
+    run had written. ``remarks``: sentences about devices.
     """
 
     bytes_in: int
@@ -81,6 +90,7 @@ class Summary:
     quality: Quality | None
     rounded: int
     resumed: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 def default_workers() -> int:
@@ -105,7 +115,7 @@ def convert_all(
     is done then stays in ``dst.partial``, and notes on the exception say so.
     """
     began = time.perf_counter()
-    workers = workers_of(outputs, settings)
+    means = means_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
     targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
@@ -116,11 +126,11 @@ def convert_all(
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
-        run = Run(source, work, workers, progress, s.stats, s.details)
+        run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
         if run.unmeasured:
             _say(s, "an earlier run measured less; what it has done is not in the figures")
-        backend = run.run(lambda: _load_kernels([plan for plan, _ in work], s)).NAME
+        cpu = run.run(lambda: _load_kernels([plan for plan, _ in work], s, means.fleet)).NAME
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
@@ -137,15 +147,29 @@ def convert_all(
     finally:
         for target in targets:
             target.close()
+        if means.fleet:
+            means.fleet.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
+    backend = means.backend(cpu)
+    remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
     for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
         ran, (quality, rounded) = (
             ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
         )
         summaries.append(
-            Summary(plan.bytes_in, plan.bytes_out, seconds, workers, ran, quality, rounded, before)
+            Summary(
+                plan.bytes_in,
+                plan.bytes_out,
+                seconds,
+                means.workers,
+                ran,
+                quality,
+                rounded,
+                before,
+                remarks,
+            )
         )
     return summaries
 
@@ -174,25 +198,22 @@ def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -
     wanted = settings.workers or default_workers()
     workers = plan.workers_within(wanted, settings.max_memory)
     run = Run(source, work, workers, progress, settings.stats, settings.details)
-    run.run(lambda: _load_kernels([plan for plan, _ in work], settings))
+    run.run(lambda: _load_kernels([plan for plan, _ in work], settings, None))
     finish(source, plan, target, progress)
     return run.measured[0][0] if run.measured else None
 
 
-def workers_of(outputs: list[Output], settings: Settings) -> int:
-    """As many threads as memory allows; with several outputs each holds what it reads.
+def means_of(outputs: list[Output], settings: Settings) -> Means:
+    """As many threads as memory allows, and devices; see ``Means``.
 
-    Raises PlanError where not even one fits.
+    With several outputs each thread holds what it reads. Raises PlanError where memory does
+    not hold one, and for a device that cannot be used.
     """
-    wanted = settings.workers or default_workers()
-    return min(
-        o.plan.workers_within(wanted, settings.max_memory, held_by(outputs)) for o in outputs
-    )
-
-
-def held_by(outputs: list[Output]) -> int:
-    """Bytes of the source that each worker keeps while it makes several outputs of them."""
-    return JOB if len(outputs) > 1 else 0
+    return means(
+        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
+        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
+        settings.stats,
+    )  # fmt: skip
 
 
 def refuse_entangled(folders: list[Path]) -> None:
@@ -239,8 +260,10 @@ def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -
         target.write_text(name, [text])
 
 
-def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
-    """Compile the kernels, or load them from the cache, before any thread needs them.
+def _load_kernels(
+    plans: list[Plan], settings: Settings, fleet: Fleet | None = None
+) -> ModuleType:  # fmt: skip
+    """Compile the CPU's kernels, or load them from the cache, before any thread needs them.
 
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
     """
@@ -256,7 +279,7 @@ def _load_kernels(plans: list[Plan], settings: Settings) -> ModuleType:
             (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
             for plan in plans
             for shard in plan.shards for w in shard.weights for layout in w.layouts
-            if w.target.origin != "codes" and not w.scheme.is_float
+            if is_quantized(w) and not (fleet and fleet.takes(w))
         }:  # fmt: skip
             how = target.numerics, settings.stats, settings.details
             cpu.warm_up(target.scheme, packing, dtype, *how)

@@ -69,6 +69,14 @@ class Outbox:
         self._filled += size
         return view
 
+    def put(self, offset: int, data: Array) -> None:
+        """Take in bytes, uint8 ``[n]``, that belong at ``offset``; many are written at once."""
+        if len(data) < OUTBOX:
+            self.reserve(offset, len(data))[:] = data
+            return
+        self.flush()
+        self._shard.put(offset, data)
+
     def flush(self) -> None:
         """Write what is there."""
         if self._filled:
@@ -199,8 +207,8 @@ class Out:
         if e.transposed:
             self._strips[e.role].put(e, start, slab.first // e.rows * e.nbytes, data)
             return
-        raw = data.view(np.uint8).reshape(-1)
-        self.reserve(slab, e, start, len(raw))[:] = raw
+        offset = start + slab.first // e.rows * e.nbytes
+        self._boxes[e.role].put(offset, data.view(np.uint8).reshape(-1))
 
     def flush(self) -> None:
         """Write what is left."""

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamq.checkpoint import Checkpoint
 from streamq.planning import Plan
@@ -18,6 +18,9 @@ from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
 from .scheduler import Scheduler
 from .worker import Progress, Stopped, Worker
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
 
 
 class Target(Protocol):
@@ -63,10 +66,12 @@ class Run:
         progress: Progress,
         stats: bool,
         details: bool,
+        fleet: Fleet | None = None,
     ) -> None:
         self._source = source
         self._workers = workers
         self._progress = progress
+        self._fleet = fleet
         self._memory = max((plan.slab_memory for plan, _ in work), default=0)
         self._tallies = [Tally(Quality(details) if stats else None) for _ in work]
         self._shards = [
@@ -172,11 +177,24 @@ class Run:
         closing: list[Future[None]],
     ) -> None:
         """One thread, until no job is left; until no copy is left without ``kernels``."""
-        worker = Worker(self._source, kernels, self._memory, self._stop, self._progress)
-        while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
-            released = job.run(worker, self._sink)
-            for shard in self._scheduler.done(job, released):
-                closing.append(closer.submit(self._close, shard))
+        worker = self._hire(number, kernels)
+        try:
+            while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
+                released = job.run(worker, self._sink)
+                for shard in self._scheduler.done(job, released):
+                    closing.append(closer.submit(self._close, shard))
+        finally:
+            worker.close()
+
+    def _hire(self, number: int, kernels: ModuleType | None) -> Worker:
+        common = self._memory, self._stop, self._progress
+        if self._fleet is None or kernels is None:
+            return Worker(self._source, kernels, *common)
+        from .overlap import DeviceWorker
+
+        return DeviceWorker(
+            self._source, kernels, *common, self._fleet, self._fleet.device_of(number)
+        )
 
     def _sink(self, number: int) -> ShardSink:
         with self._lock:

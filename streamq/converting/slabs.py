@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamq.formats import Layout
+from streamq.formats import Entry, Layout, Role
 from streamq.planning import SLAB, Weights, slab_rows
+from streamq.schemes import BYTES, Packing
 from streamq.stored import SLAB as STORED_SLAB
 from streamq.stored import Where
 from streamq.tensors import TensorInfo
@@ -101,8 +102,11 @@ def _continues(weights: Weights, members: Array) -> Array:
     return follows
 
 
-def slabs(stretch: Stretch) -> Iterator[Slab]:
-    """Cut a stretch into slabs: between members, or between the rows of a single one."""
+def slabs(stretch: Stretch, size: int | None = None) -> Iterator[Slab]:
+    """Cut a stretch into slabs: between members, or between the rows of a single one.
+
+    ``size``: bytes of the source in each, about; None for what suits the caches of a CPU.
+    """
     weights, members, ends, first, number = stretch
     itemsize = weights.numpy.itemsize
     layout = weights.layouts[int(weights.kind[members[0]])]
@@ -111,7 +115,9 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
     if len(members) == 1:
         row_bytes = cols * itemsize
         step = weights.row_step(int(members[0]))
-        height = slab_rows(step, row_bytes, SLAB if weights.stored is None else STORED_SLAB)
+        height = slab_rows(
+            step, row_bytes, size or (SLAB if weights.stored is None else STORED_SLAB)
+        )
         last = first + int(ends[0]) // cols
         for row in range(first, last, height):
             numel = np.array([(min(row + height, last) - row) * cols])
@@ -124,7 +130,7 @@ def slabs(stretch: Stretch) -> Iterator[Slab]:
         width = int(np.gcd.reduce(weights.column(lambda x: x.cols, members)))
     begins = np.concatenate(([0], ends[:-1]))
     begun = 0
-    for end in _cuts(ends, SLAB // itemsize):
+    for end in _cuts(ends, (size or SLAB) // itemsize):
         before = int(begins[begun])
         yield Slab(
             weights, members[begun:end], begins[begun:end] - before, ends[begun:end] - before,
@@ -140,6 +146,27 @@ def _cuts(ends: Array, limit: int) -> Iterator[int]:
         begun = max(begun + 1, int(np.searchsorted(ends, before + limit, "right")))
         before = int(ends[begun - 1])
         yield begun
+
+
+def placed(slab: Slab) -> Iterator[tuple[Entry, int]]:
+    """The entries that are made of rows, and where they start in the file."""
+    starts = slab.weights.starts[slab.members[0]].tolist()
+    return ((e, s) for e, s in zip(slab.layout.entries, starts, strict=True) if e.rows)
+
+
+def packing_of(layout: Layout) -> Packing:
+    """What kernels make of codes: what the file has, or bytes for the format to pack."""
+    return layout.packing if layout.entry("codes").direct else BYTES
+
+
+def shared(
+    slab: Slab, above: Array | None
+) -> tuple[dict[Role, tuple[Entry, int]], Packing, Array | None]:  # fmt: skip
+    """Its entries by role, what kernels make of codes, and for each row the scale ``above``."""
+    entries = {e.role: (e, start) for e, start in placed(slab)}
+    if above is not None:
+        above = np.repeat(above, (slab.ends - slab.begins) // slab.width)
+    return entries, packing_of(slab.layout), above
 
 
 def span_of(rows: Stretch) -> tuple[str, int, int]:

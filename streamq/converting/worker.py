@@ -13,17 +13,16 @@ import numpy as np
 
 from streamq.checkpoint import Checkpoint
 from streamq.errors import StreamqError
-from streamq.formats import Entry
 from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality
-from streamq.schemes import BYTES, FLOAT_TAGS, Packing, Quantized
+from streamq.schemes import FLOAT_TAGS, Packing, Quantized
 from streamq.stored import Stored, read, read_rows
 from streamq.tensors import DTYPES
 
 from .boxes import Out, Sink, Tally, Writer
 from .errors import refuse_damaged, telling
-from .slabs import Array, Slab, Stretch, joined, slabs, span_of
+from .slabs import Array, Slab, Stretch, joined, placed, shared, slabs, span_of
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
@@ -70,10 +69,14 @@ class Worker:
         """Forget what was held."""
         self._held.clear()
 
+    def close(self) -> None:
+        """Let go of everything, also after an error."""
+        self.release()
+
     def amax(self, work: list[Stretch], count: int) -> Array:
         """Largest magnitude of each of ``count`` weights, by number; f32 ``[count]``."""
         tops = np.zeros(count, np.float32)
-        for slab in chain.from_iterable(map(slabs, work)):
+        for slab in self._slabs(work):
             x = self._read(slab).reshape(-1, slab.span)
             with telling(slab, slab.span):
                 rows = self._kernels.amax(x)
@@ -89,7 +92,7 @@ class Worker:
     def quantize(self, work: list[Stretch], outer: Array | None, sink: Sink) -> None:
         """Read, quantize and write; ``outer`` has a scale for each weight of the work."""
         out = Out(sink)
-        for slab in chain.from_iterable(map(slabs, work)):
+        for slab in self._slabs(work):
             above = None
             if outer is not None:
                 above = outer[slab.number : slab.number + len(slab.members)]
@@ -102,15 +105,19 @@ class Worker:
             if slab.first == 0:
                 _put_small(slab, above, sink.writer, _input_scale(slab, self._source))
             self._progress(_bytes_read(slab), slab.head.name)
+        self._drain()
         out.flush()
 
+    def _slabs(self, work: list[Stretch]) -> Iterator[Slab]:
+        return chain.from_iterable(map(slabs, work))
+
+    def _drain(self) -> None:
+        """Wait for slabs that are under way elsewhere."""
+
     def _quantize_slab(self, slab: Slab, above: Array | None, out: Out) -> None:
-        scheme, layout, width = slab.weights.scheme, slab.layout, slab.width
+        scheme, width = slab.weights.scheme, slab.width
         x = self._read(slab).reshape(-1, width)
-        if above is not None:
-            above = np.repeat(above, (slab.ends - slab.begins) // width)
-        entries = {e.role: (e, start) for e, start in _placed(slab)}
-        packing = layout.packing if entries["codes"][0].direct else BYTES
+        entries, packing, above = shared(slab, above)
         parts = {}
         shapes = self._kernels.shapes(len(x), width, x.dtype, scheme, packing)
         for (shape, dtype), role in zip(shapes, scheme.parts, strict=True):
@@ -129,12 +136,20 @@ class Worker:
                 outer=above,
                 out=Quantized(**parts),
             )
+        self._finish_slab(slab, x, q, packing, above, out)
+
+    def _finish_slab(
+        self, slab: Slab, x: Array, q: Quantized, packing: Packing, above: Array | None, out: Out
+    ) -> None:
+        """Measure, and write what the format packs; what kernels make directly is written."""
         if out.tally.quality is not None:
             self._measure(slab, x, q, packing, above, out.tally.quality)
-        for e, start in entries.values():
+        for e, start in placed(slab):
             if not e.direct:
-                with telling(slab, width):
-                    data = slab.weights.target.format.pack(e.role, q, layout, scheme)
+                with telling(slab, slab.width):
+                    data = slab.weights.target.format.pack(
+                        e.role, q, slab.layout, slab.weights.scheme
+                    )
                 out.put(slab, e, start, data)
 
     def _repack_slab(self, slab: Slab, out: Out) -> Array | None:
@@ -153,7 +168,7 @@ class Worker:
         q = self._with_scale_of(slab, q, out.tally)
         if q.zero_point is None and not slab.weights.scheme.symmetric:
             q = replace(q, zero_point=np.zeros(q.scale.shape, np.int8))
-        for e, start in _placed(slab):
+        for e, start in placed(slab):
             with telling(slab, slab.layout.cols):
                 data = slab.weights.target.format.pack(e.role, q, slab.layout, slab.weights.scheme)
             out.put(slab, e, start, data)
@@ -179,7 +194,7 @@ class Worker:
 
     def _cast_slab(self, slab: Slab, out: Out) -> None:
         """Write values as they are, rounded to a float dtype."""
-        ((e, start),) = _placed(slab)
+        ((e, start),) = placed(slab)
         x = self._read(slab)
         dtype = DTYPES[FLOAT_TAGS[slab.weights.scheme.element]].numpy
         copied = slab.weights.target.origin == "views"  # of its dtype already, NaN and Inf too
@@ -227,8 +242,8 @@ class Worker:
         if self._stop.is_set():
             raise Stopped
 
-    def _read(self, slab: Slab) -> Array:
-        """The values of a slab, as one row."""
+    def _read(self, slab: Slab, into: Array | None = None) -> Array:
+        """The values of a slab, as one row; in ``into`` if they are read as they are."""
         self._heed()
         if slab.weights.stored is not None:
             rows = int(slab.ends[0]) // slab.layout.cols
@@ -244,16 +259,10 @@ class Worker:
             begin = slab.start - start
             if file == slab.head.file and begin >= 0 and begin + nbytes <= len(held):
                 return held[begin : begin + nbytes].view(dtype)
-        part = self._arena[:nbytes]
+        part = (self._arena if into is None else into)[:nbytes]
         assert len(part) == nbytes, "a slab larger than the plan's slab_memory"
         self._source.pread(slab.head.file, slab.start, part.data)
         return part.view(dtype)
-
-
-def _placed(slab: Slab) -> Iterator[tuple[Entry, int]]:
-    """The entries that are made of rows, and where they start in the file."""
-    starts = slab.weights.starts[slab.members[0]].tolist()
-    return ((e, s) for e, s in zip(slab.layout.entries, starts, strict=True) if e.rows)
 
 
 def _bytes_read(slab: Slab) -> int:
