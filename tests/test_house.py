@@ -101,6 +101,7 @@ def test_the_wheel_runs_from_anywhere(tmp_path):
     assert any(n.endswith("golden/inputs.safetensors") for n in names)
     for source in ("kernels.asc", "CMakeLists.txt", "device/tile.h"):
         assert f"streamq/kernels/ascendc/{source}" in names
+    assert {f"streamq/report/page.{x}" for x in ("css", "html", "js")} <= {*names}
     assert not any(n.startswith(("kernels/", "tests/", "bench/")) for n in names)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r});"

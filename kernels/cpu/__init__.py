@@ -161,7 +161,7 @@ def losses(
     ``member`` int64 ``[rows]``, ascending from 0: the weight that a row belongs to. f64
     ``[members, 4]``: sums of squares of weights and of errors, the largest error, and the
     number of clipped weights: those further beyond the last code than half a step, and 1/128 of
-    the range more, because scales are rounded. int64 ``[members, error.BINS]``: one error in
+    the largest code more, because scales are rounded. int64 ``[members, error.BINS]``: one error in
     ``error.SAMPLED``, in bins of half an octave below the largest weight of its row.
     """
     count = int(member[-1]) + 1 if len(member) else 0

@@ -41,10 +41,11 @@ def page_data(report: dict[str, Any]) -> dict[str, Any]:
     main, shown = _main(report), {c["row"] for c in cells}
     verification = report["verification"] or {"failures": []}
     failures = [f"failed: {f}" for f in verification["failures"]]
+    model = report["source"]["model_type"]
     return {
         **{key: report[key] for key in ("command", "options", "output", "run", "verification",
                                         "total", "made_by")},
-        "source": {**report["source"], "model_type": cut(str(report["source"]["model_type"]))},
+        "source": {**report["source"], "model_type": model and cut(str(model))},
         "name": cut(report["name"]),
         "schemes": schemes,
         "cells": cells,

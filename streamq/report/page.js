@@ -24,6 +24,7 @@ function size(n) {
   }
 }
 const short = (v) => v === 0 ? "0" : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5 ? v.toExponential(2) : String(+v.toPrecision(3));
+const files = (n) => n === 1 ? "1 file" : `${n} files`;
 const percent = (v) => +(100 * v).toPrecision(3) + " %";
 const FORMATS = {
   bytes_in: size, bytes_out: size, max_error: short, max_error_rms: short, clipped: percent,
@@ -136,8 +137,8 @@ function summary() {
 }
 function made() {
   const rows = [["command", D.command, "code"], ["model", D.source.model_type],
-    ["source", `${D.source.path}: ${D.source.tensors} tensors, ${D.source.parameters.toLocaleString("en")} parameters, ${size(D.source.bytes)} in ${D.source.files} files`],
-    ["output", `${D.output.path}: ${D.output.tensors} tensors, ${size(D.output.bytes)} in ${D.output.files} files, format ${D.output.format}`],
+    ["source", `${D.source.path}: ${D.source.tensors} tensors, ${D.source.parameters.toLocaleString("en")} parameters, ${size(D.source.bytes)} in ${files(D.source.files)}`],
+    ["output", `${D.output.path}: ${D.output.tensors} tensors, ${size(D.output.bytes)} in ${files(D.output.files)}, format ${D.output.format}`],
     ...Object.entries(D.options).map(([k, v]) => [k.replaceAll("_", " "), Array.isArray(v) ? v.join(", ") : v]),
     ["finished", D.run && D.run.finished],
     ["versions", Object.entries(D.made_by).map(([k, v]) => `${k} ${v}`).join(", ")]];
