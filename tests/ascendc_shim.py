@@ -38,10 +38,10 @@ def compiled(source, out, arch, *more, kernels=KERNELS):
 def kept(source, suffix, arch, *more):
     """The same, kept for all processes and runs of the tests until a source changes."""
     digest = hashlib.sha256()
-    for path in sorted([*HERE.glob("*"), *KERNELS.rglob("*.h"), KERNELS / "kernels.asc"]):
+    for path in sorted([*HERE.glob("*.*"), *KERNELS.rglob("*.h"), KERNELS / "kernels.asc"]):
         digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"streamq-shim-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = HERE.parent.parent / ".pytest_cache" / "ascendc"
+    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{source}-{arch}-"
     out = folder / f"{stem}{digest.hexdigest()[:16]}{suffix}"
     if not out.exists():
