@@ -177,6 +177,11 @@ def test_a_lost_manifest_is_missed(name, packed, tmp_path):
 def test_what_was_not_compressed_is_not_decompressed(packed, tmp_path):
     refused(call("decompress", packed / "floats", tmp_path / "dst"), "`streamq compress` did not")
     refused(call("decompress", packed / "no", tmp_path / "dst"), "no such directory")
+    refused(
+        call("decompress", packed / "zstd", tmp_path / "dst", "--max-memory", "10k"),
+        "--max-memory 10.0 kB is too little",
+    )
+    assert [*tmp_path.iterdir()] == []
     refused(call("verify", packed / "zstd", "--source", packed / "floats"), "is compressed", 2)
 
 
