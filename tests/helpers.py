@@ -40,14 +40,20 @@ def write_checkpoint(
 
 
 def run_convert(
-    src: Path, dst: Path, scheme: str, *, group_size: int | None = None, **kw: Any
-) -> Plan:
-    """Convert by the Python calls that the command line makes."""
+    src: Path, dst: Path, scheme: str, *, group_size: int | None = None, record: bool = False,
+    **kw: Any,
+) -> Plan:  # fmt: skip
+    """Convert by the Python calls that the command line makes.
+
+    Without ``record`` streamq.json is removed, so that ``verify`` looks at elements.
+    """
     keys = ("workers", "max_memory", "sync", "overwrite")
     how = Settings(**{"sync": False} | {k: kw.pop(k) for k in keys if k in kw})
     with open_checkpoint(src) as source:
         plan = make_plan(source, Options(resolve(scheme, group_size), **kw))
         convert(source, plan, dst, how)
+    if not record:
+        (dst / "streamq.json").unlink()
     return plan
 
 

@@ -5,11 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from faults import KINDS, Crash, Layer, after_power_cut
-from helpers import run_convert
+from helpers import run_convert as convert_unrecorded
 from small_units import contents, small_units, write_small
 
 from streamq.errors import WriteError
@@ -17,6 +18,7 @@ from streamq.verifying import verify
 from streamq.writer.disk import SyncPool
 
 SCHEME = "nvfp4a16"
+run_convert = partial(convert_unrecorded, record=True)
 
 
 @pytest.fixture(scope="module")

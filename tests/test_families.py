@@ -246,6 +246,8 @@ def test_a_recipe_declares_a_layout_and_a_group(layout, tmp_path):
         "group": [{"name": "both", "members": ["one", "other"]}],
     }
     streamq.convert(src, tmp_path / "out", "nvfp4a16", recipe=recipe)
+    assert streamq.verify(tmp_path / "out", src).exact  # streamq.json has the recipe
+    (tmp_path / "out" / "streamq.json").unlink()
     assert streamq.verify(tmp_path / "out", src, recipe=recipe).failures == []
     assert "'model.layers.0.moe.wi' is not in the output" in str(
         streamq.verify(tmp_path / "out", src).failures

@@ -200,7 +200,7 @@ def test_a_float_bias_is_not_repacked(tmp_path):
     src, _ = foreign(tmp_path / "in", 4)
     for fmt in ("compressed-tensors", "awq"):
         with pytest.raises(StreamqError, match="has a bias that is no zero point times its scale"):
-            run_convert(src, tmp_path / "out", "W4A16_ASYM", group_size=32, format=FORMATS[fmt])
+            run_convert(src, tmp_path / fmt, "W4A16_ASYM", group_size=32, format=FORMATS[fmt])
     plan = run_convert(src, tmp_path / "out", "W4A16_ASYM", group_size=32, format=MLX)
     assert plan.verbatim
 

@@ -120,6 +120,8 @@ def failures(outputs, name, change, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for path in (outputs / f"{name}-out").iterdir():
+        if path.name == "streamq.json":  # would tell that config.json is another
+            continue
         (out / path.name).write_bytes(path.read_bytes())
     config = json.loads((out / "config.json").read_text())
     change(config["quantization_config"])

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tomllib
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from faults import Crash, Layer
-from helpers import run_convert
+from helpers import run_convert as convert_unrecorded
 from hypothesis import given
 from hypothesis import strategies as st
 from small_units import OF_FORMATS, contents, small_units, write_small
@@ -38,9 +39,10 @@ from streamq.trust import (
     record_text,
 )
 from streamq.verifying import verify
-from streamq.writer import partial
+from streamq.writer import partial as partial_module
 
 RECORD = "streamq.json"
+run_convert = partial(convert_unrecorded, record=True)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +269,7 @@ def test_after_a_restart_of_the_machine(sync, source, tmp_path, monkeypatch):
     small_units(monkeypatch.setattr)
     out = tmp_path / "out"
     interrupt(tmp_path, lambda: run_convert(source, out, "nvfp4", sync=sync, workers=1))
-    monkeypatch.setattr(partial, "_boot", lambda: "another")
+    monkeypatch.setattr(partial_module, "_boot", lambda: "another")
     said = []
     how = Settings(notify=said.append, sync=sync)
     summary = streamq.convert(source, out, "nvfp4", settings=how)
