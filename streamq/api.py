@@ -58,7 +58,9 @@ def options(
         if value not in known:
             raise PlanError(f"{name} must be {' or '.join(known)}, got {value!r}.")
     given = {k: v for k, v in of_format.items() if v is not None}
-    if format is None and scheme is not None and scheme.upper() in ASCEND:
+    if scheme is not None and scheme.upper() in ASCEND:
+        if format not in (None, "ascend"):
+            raise PlanError(f"{scheme} is a name of the format ascend, not of {format}.")
         format = "ascend"
     if given and format is None:
         option = "--" + next(iter(given)).replace("_", "-")

@@ -27,6 +27,8 @@ from ascend_checkpoints import (
 )
 from family_checkpoints import FAMILIES
 from helpers import run_convert, tensors_of, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from streamq.kernels.reference import dequantize, quantize
 
 import streamq
@@ -35,7 +37,7 @@ from streamq.checkpoint import open_checkpoint
 from streamq.errors import PlanError
 from streamq.planning import Options, make_plan
 from streamq.recipe import load
-from streamq.schemes import ALL, resolve
+from streamq.schemes import ALL, Quantized, resolve
 from streamq.stored import find_stored, open_tensors, read_rows
 from streamq.verifying import verify
 
@@ -217,6 +219,30 @@ def test_mx_is_what_compressed_tensors_has_under_other_names(preset, source, mad
     ).all()
 
 
+@given(
+    st.sampled_from([("W4A8", ALL), ("W4A16", ALL), ("W4A16", 32), ("W8A8", None)]),
+    st.integers(1, 12), st.integers(1, 8), st.integers(0, 11), st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_rows_come_back(kind, eights, blocks, first, seed):
+    """Codes of some rows from the bytes of those rows alone, whatever the shape."""
+    scheme = ASCEND.concrete(resolve(*kind))
+    fmt, rng = ASCEND.of_module(GATE), np.random.default_rng(seed)
+    rows, cols = 8 * eights, 32 * blocks
+    layout = fmt.layout(rows, cols, "F32", scheme)
+    lo, hi = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1)
+    shape = scheme.scale_shape(rows, cols)
+    q = Quantized(rng.integers(lo, hi, (rows, cols)).astype(np.int8), rng.random(shape, "f4") + 1)
+    at = min(first // layout.row_step * layout.row_step, rows - layout.row_step)
+    arrays = {}
+    for e in layout.entries:
+        whole = fmt.pack(e.role, q, layout, scheme)
+        assert whole.nbytes == e.size
+        arrays[e.role] = whole.reshape(e.shape)[at // e.rows :]
+    back = fmt.unpack(arrays, layout, scheme)
+    assert np.array_equal(back.codes, q.codes[at:])
+    assert np.array_equal(back.scale, q.scale[at:])
+
+
 def test_the_layout_is_what_pack_gives_for_a_repacked_row_too():
     """Codes of -128 and -8, which others use, are kept."""
     for preset, lo in (("W8A8", -128), ("W4A8", -8), ("W4A16", -8)):
@@ -318,6 +344,13 @@ def test_names_of_ascend_mean_what_they_mean_there(asked, fmt, preset, size, sou
     plan = streamq.plan(source, recipe={"format": "ascend", **rule})
     assert plan.options.recipe.scheme == scheme
     assert options("w8a16").scheme.block[1] == 128
+
+
+def test_names_of_ascend_are_for_its_format(source, tmp_path):
+    """W4A8 of compressed-tensors has groups of 128, W4A8_DYNAMIC does not."""
+    for name in ("w4a8_dynamic", "W8A8_MXFP8"):
+        refused(f"{name} is a name of the format ascend, not of compressed-tensors", "convert",
+                source, tmp_path / "out", "-s", name, "-f", "compressed-tensors")  # fmt: skip
 
 
 def test_a_recipe_of_its_own_making_reads_back(source, tmp_path):

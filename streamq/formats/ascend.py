@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, PlanError
-from streamq.schemes import ALL, Activation, Quantized, Scheme, resolve
+from streamq.schemes import ALL, Quantized, Scheme, resolve
 from streamq.tensors import FLOATS, TensorInfo
 
 from .ascend_description import COMPRESSED, FILE, FLOAT, Description, parse
@@ -291,9 +291,7 @@ def _scheme_of(type_: str, module: str, said: Description) -> Scheme:
     """
     weight = f"{FILE}: {module + '.weight'!r} is {type_}"
     if type_ in STATIC:
-        activation = Activation("int", 8, "token")
-        return Scheme(_STATIC + type_, "int", 8, (1, ALL), "f32", narrow=True,
-                      activation=activation)  # fmt: skip
+        return Scheme(_STATIC + type_, "int", 8, (1, ALL), "f32", narrow=True)
     if type_ not in _PRESETS:
         known = ", ".join((*_PRESETS, *STATIC, *_FLOATS))
         raise CheckpointError(f"{weight}, none of the types that streamq reads: {known}.")

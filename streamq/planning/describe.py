@@ -36,23 +36,26 @@ def described(
         module, _, suffix = name.rpartition(".")
         type_ = by_module.get(module) if suffix in _PARTS else None
         types[name] = type_ or before.types.get(name, FLOAT)
-    types |= dict.fromkeys(_looked_up(spelled, family), FLOAT)
+    types |= dict.fromkeys(_looked_up(types, family), FLOAT)
     more = {key: value for key, value in before.head.items() if key not in _OWN}
     made = build(types, _group_size(modules), **more)
     if (wrong := next(findings(made, spelled, family), None)) is not None:
         raise PlanError(f"{wrong}; give those one scheme, or leave them with --ignore.")
-    return made.as_json(), list(warnings(made, spelled, family))
+    said = list(warnings(made, spelled, family))
+    if more.get("optional"):
+        said.append("files that optional of the description names are not copied")
+    return made.as_json(), said
 
 
-def _looked_up(names: list[str], family: Family) -> Iterator[str]:
+def _looked_up(types: Mapping[str, str], family: Family) -> Iterator[str]:
     """Weights that a loader looks up although no tensor has their name.
 
     A head that is tied to the embedding, and expert 0 of stacks that stay in one tensor.
     """
-    if not any("lm_head" in name for name in names):
+    if not any("lm_head" in name for name in types):
         yield "lm_head.weight"
-    for name in names:
-        if (layout := family.layout_of(name)) is not None:
+    for name, type_ in types.items():
+        if type_ == FLOAT and (layout := family.layout_of(name)) is not None:
             for part in layout.parts_of(name):
                 yield f"{expert_name(name, 0, part)}.weight"
 

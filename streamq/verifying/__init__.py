@@ -20,7 +20,7 @@ from .exact import convert_again, plan_of
 from .files import check_files, describe, read_record
 from .readers import check_readers, schemes_on_disk
 from .report import Report
-from .structure import check_index, check_scales, find_weights
+from .structure import check_index, check_scales, check_sums, find_weights
 
 __all__ = ["Report", "verify"]
 
@@ -89,5 +89,6 @@ def verify(
                 return report
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
-    report.failures = list(dict.fromkeys(report.failures))  # one weight may be looked at twice
+        else:
+            check_sums(checkpoint, weights, workers, report)
     return report
