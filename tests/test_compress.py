@@ -116,6 +116,8 @@ def test_the_verbs_for_python(tmp_path):
     report = streamq.verify(packed)
     assert (report.scheme, report.failures) == ("W16A16SC", [])
     assert streamq.decompress(packed, back).tensors == report.tensors
+    with pytest.raises(PlanError, match="ranks from 1 on, not 0"):
+        streamq.compress(src, tmp_path / "more", tp=0)
     with pytest.raises(PlanError, match="takes no source"):
         streamq.verify(packed, src)
 
