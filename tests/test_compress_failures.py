@@ -210,6 +210,17 @@ def test_each_layer_says_what_it_saved(tmp_path):
     assert "1.001 stored as is" in call("inspect", tmp_path / "dst").stdout
 
 
+def test_a_stream_that_loaders_have_no_room_for(tmp_path):
+    """vllm-ascend allocates n x k bytes."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    wide = np.random.default_rng(0).integers(-128, 128, (130, 256)).astype(np.int8)
+    src = write_checkpoint(tmp_path / "src", {name: wide}, CONFIG)
+    (src / DESCRIPTION).write_text(json.dumps({name: "W8A8S"}))
+    out = call("compress", src, tmp_path / "dst", *ASCEND).stdout
+    assert re.search(f"warning: 1 streams are longer than .* --disable-layers, .* {name}", out)
+    assert "warning" not in call("compress", src, tmp_path / "dst2").stdout
+
+
 # --- damage ------------------------------------------------------------------------------
 
 
