@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import streamq
 from streamq.cli import cli
 from streamq.compressing.blocks import (
     count,
@@ -38,6 +39,7 @@ from streamq.compressing.blocks import (
 from streamq.compressing.crc import Sum
 from streamq.compressing.rows import Reader, prune
 from streamq.compressing.types import Item, Run
+from streamq.errors import PlanError
 from streamq.nz.codec import dictionaries
 from streamq.nz.tiles import HEIGHT
 from streamq.nz.tiles import compress as compress_matrix
@@ -104,6 +106,20 @@ def test_the_record_of_a_conversion_comes_back(tmp_path):
     assert "streamq.json" not in files_of(packed)
     assert files_of(back) == files_of(src)
     run("verify", back, "--source", tmp_path / "floats")
+
+
+def test_the_verbs_for_python(tmp_path):
+    src = floats(tmp_path / "src", "f2")
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    done = streamq.compress(src, packed, codec="ascend", sparsity="magnitude:1", tp=2)
+    assert done.bytes_out == sum(p.stat().st_size for p in packed.glob("*.safetensors"))
+    report = streamq.verify(packed)
+    assert (report.scheme, report.failures) == ("W16A16SC", [])
+    assert streamq.decompress(packed, back).tensors == report.tensors
+    with pytest.raises(PlanError, match="ranks from 1 on, not 0"):
+        streamq.compress(src, tmp_path / "more", tp=0)
+    with pytest.raises(PlanError, match="takes no source"):
+        streamq.verify(packed, src)
 
 
 def test_files_without_tensors_and_older_names_of_descriptions(tmp_path):

@@ -177,6 +177,11 @@ def test_a_lost_manifest_is_missed(name, packed, tmp_path):
 def test_what_was_not_compressed_is_not_decompressed(packed, tmp_path):
     refused(call("decompress", packed / "floats", tmp_path / "dst"), "`streamq compress` did not")
     refused(call("decompress", packed / "no", tmp_path / "dst"), "no such directory")
+    refused(
+        call("decompress", packed / "zstd", tmp_path / "dst", "--max-memory", "10k"),
+        "--max-memory 10.0 kB is too little",
+    )
+    assert [*tmp_path.iterdir()] == []
     refused(call("verify", packed / "zstd", "--source", packed / "floats"), "is compressed", 2)
 
 
@@ -203,6 +208,17 @@ def test_each_layer_says_what_it_saved(tmp_path):
     assert re.search(rf"32.8 kB -> .* 0.\d+ +{names[1]}", out)
     assert "nothing was saved on 1 of 2 layers" in out
     assert "1.001 stored as is" in call("inspect", tmp_path / "dst").stdout
+
+
+def test_a_stream_that_loaders_have_no_room_for(tmp_path):
+    """vllm-ascend allocates n x k bytes."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    wide = np.random.default_rng(0).integers(-128, 128, (130, 256)).astype(np.int8)
+    src = write_checkpoint(tmp_path / "src", {name: wide}, CONFIG)
+    (src / DESCRIPTION).write_text(json.dumps({name: "W8A8S"}))
+    out = call("compress", src, tmp_path / "dst", *ASCEND).stdout
+    assert re.search(f"warning: 1 streams are longer than .* --disable-layers, .* {name}", out)
+    assert "warning" not in call("compress", src, tmp_path / "dst2").stdout
 
 
 # --- damage ------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatch
 from typing import NamedTuple
 
 from streamq.checkpoint import Checkpoint
@@ -38,12 +37,10 @@ Chooser = Callable[[TensorInfo], Choice]
 
 def described(source: Checkpoint) -> tuple[str, Description] | None:
     """The name of Ascend's description of the source and what it says, None where it has none."""
-    said = source.config.get("quantization_config")
-    if not isinstance(said, dict) or "description" not in said:
-        return None
-    older = f"{FILE.removesuffix('.json')}_*.json"
-    name = FILE if FILE in source.others else next(n for n in source.others if fnmatch(n, older))
-    return name, description_of(source.config)
+    usual = source.root / FILE
+    found = [usual] if usual.is_file() else [*source.root.glob(f"{usual.stem}_*{usual.suffix}")]
+    # Of several older ones opening the source took none.
+    return (found[0].name, description_of(source.config)) if len(found) == 1 else None
 
 
 def chooser(source: Checkpoint, options: Options, said: Description | None) -> Chooser:

@@ -50,6 +50,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.dictionary != "call" and self.codec != "ascend":
             raise PlanError("--dictionary is for --codec ascend; zstd has no dictionaries.")
+        if self.tp is not None and self.tp < 1:
+            raise PlanError(f"--tp is a number of ranks from 1 on, not {self.tp}.")
 
 
 def sparsity(text: str) -> float:

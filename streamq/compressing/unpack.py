@@ -67,6 +67,9 @@ def decompress(
     check_destination(Path(dst), disk_needed(opened), overwrite)
     if damaged := opened.damaged():
         raise CheckpointError(f"{opened.root}: {damaged[0]}.")
+    for name in opened.files:  # before a byte is written
+        with closing(OpenFile(opened, name)) as source:
+            _within(source, workers, max_memory)
     target = Destination(Path(dst), overwrite, sync)
     tensors = 0
     try:
@@ -150,14 +153,7 @@ def _walk(
     source: OpenFile, workers: int, max_memory: int, sink: Sink, progress: Progress | None
 ) -> Generator[str, None, None]:
     """Decode all parts of a file; yields what is wrong, at most once a tensor."""
-    rows = [row_of_tiles(item.tiling) for item in source.items if item.tiling is not None]
-    least = HELD * max(rows, default=1 << 16)
-    if max_memory < least:
-        raise PlanError(
-            f"--max-memory {size_text(max_memory)} is too little: 128 rows of the largest matrix "
-            f"and what they are made of need {size_text(least)}."
-        )
-    workers = max(1, min(workers, max_memory // least))
+    workers = _within(source, workers, max_memory)
     budget = max_memory // (HELD * workers)
     crc, stored, bad = Sum(), Sum(), ""
     with closing(in_order(_tasks(source, budget, sink), workers)) as results:
@@ -177,6 +173,18 @@ def _walk(
             if bad:
                 yield bad
             crc, stored, bad = Sum(), Sum(), ""
+
+
+def _within(source: OpenFile, workers: int, max_memory: int) -> int:
+    """As many workers as memory has room for. Raises PlanError where it has for none."""
+    rows = [row_of_tiles(item.tiling) for item in source.items if item.tiling is not None]
+    least = HELD * max(rows, default=1 << 16)
+    if max_memory < least:
+        raise PlanError(
+            f"--max-memory {size_text(max_memory)} is too little: 128 rows of the largest matrix "
+            f"and what they are made of need {size_text(least)}."
+        )
+    return max(1, min(workers, max_memory // least))
 
 
 def _tasks(
