@@ -46,7 +46,7 @@ def options(
     from streamq.formats import named
     from streamq.planning import Options
     from streamq.recipe import load
-    from streamq.schemes import resolve
+    from streamq.schemes import ASCEND, has_groups, resolve
 
     if not (isfinite(input_scale) and input_scale > 0):
         raise PlanError(f"--input-scale must be above zero, got {input_scale}.")
@@ -56,14 +56,26 @@ def options(
         if value not in known:
             raise PlanError(f"{name} must be {' or '.join(known)}, got {value!r}.")
     given = {k: v for k, v in of_format.items() if v is not None}
+    if scheme is not None and scheme.upper() in ASCEND:
+        if format not in (None, "ascend"):
+            raise PlanError(f"{scheme} is a name of the format ascend, not of {format}.")
+        format = "ascend"
     if given and format is None:
         option = "--" + next(iter(given)).replace("_", "-")
         raise PlanError(f"{option} needs a --format that has it.")
     rules = None
-    if scheme is not None:
-        chosen = replace(resolve(scheme, group_size), scales=scales)  # type: ignore[arg-type]
+
+    def group_of(named_in: str | None) -> int | None:
+        found = format or named_in
+        return named(found).group_size if found else None
+
     if recipe is not None:
-        rules = load(recipe, scales)
+        rules = load(recipe, scales, group_of)
+        format = format or rules.format
+    if scheme is not None:
+        size = group_of(format) if group_size is None and has_groups(scheme) else group_size
+        chosen = replace(resolve(scheme, size), scales=scales)  # type: ignore[arg-type]
+    if rules is not None:
         if scheme is not None:
             rules = replace(rules, scheme=chosen)
         elif group_size is not None:
@@ -71,7 +83,6 @@ def options(
         if not rules.schemes:
             raise PlanError("the recipe gives nothing a scheme; add a rule, or use --scheme.")
         chosen, ignore = rules.schemes[0], (*ignore, *rules.ignore)
-        format = format or rules.format
     elif scheme is None:
         raise PlanError("a scheme or a recipe is needed.")
     return Options(

@@ -100,14 +100,19 @@ class Recipe:
         return replace(self, rules=rules, scheme=change(self.scheme) if self.scheme else None)
 
 
-def load(given: Given, scales: str = "absmax") -> Recipe:
+#: The group size that a format has where none is named, None: that of the scheme.
+GroupOf = Callable[[str | None], int | None]
+
+
+def load(given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: None) -> Recipe:
     """A recipe from a file (``.yaml`` and ``.yml`` are YAML, all else TOML) or from its contents.
 
-    ``scales``: of rules that do not say theirs. Raises PlanError with the rule and the key for
+    ``scales``: of rules that do not say theirs. ``group_of``: asked with the format that the
+    recipe names. Raises PlanError with the rule and the key for
     what is not known or of the wrong type, and for a file that cannot be read.
     """
     if isinstance(given, Mapping):
-        return _recipe(_Table(given, "recipe"), scales)
+        return _recipe(_Table(given, "recipe"), scales, group_of)
     path = Path(given)
     try:
         with path.open("rb") as file:
@@ -119,7 +124,7 @@ def load(given: Given, scales: str = "absmax") -> Recipe:
     if len(raw) > MAX_RECIPE:
         raise PlanError(f"the recipe {path} has more than {MAX_RECIPE} bytes.")
     found = _yaml(path, text) if path.suffix in (".yaml", ".yml") else _toml(path, text)
-    return _recipe(_Table(found, f"recipe {path.name}"), scales)
+    return _recipe(_Table(found, f"recipe {path.name}"), scales, group_of)
 
 
 def _toml(path: Path, text: str) -> Mapping[str, Any]:
@@ -212,12 +217,12 @@ class _Table:
             )
 
 
-def _recipe(table: _Table, scales: str) -> Recipe:
+def _recipe(table: _Table, scales: str, group_of: GroupOf) -> Recipe:
     name, size = table.text("scheme"), table.number("group_size")
-    own = table.text("scales", ("absmax", "search"))
-    scheme = None
+    own, fmt = table.text("scales", ("absmax", "search")), table.text("format")
+    group, scheme = group_of(fmt), None
     if name is not None:
-        scheme = _scheme(table, name, size, own or scales)
+        scheme = _scheme(table, name, size, own or scales, group)
     elif size is not None or own is not None:
         key = "scales" if size is None else "group_size"
         raise PlanError(f"{table.where}: {key} needs a scheme beside it.")
@@ -238,21 +243,21 @@ def _recipe(table: _Table, scales: str) -> Recipe:
         experts.append(ExpertLayout(pattern, *LAYOUTS[layout], t.names("parts")))
         t.done("pattern", "layout", "parts")
     found = Recipe(
-        tuple(_rule(i, t, scales) for i, t in enumerate(table.tables("rule"), 1)), scheme,
-        table.text("format"), _compiled(table, "ignore", table.names("ignore")), tuple(groups),
+        tuple(_rule(i, t, scales, group) for i, t in enumerate(table.tables("rule"), 1)), scheme,
+        fmt, _compiled(table, "ignore", table.names("ignore")), tuple(groups),
         tuple(experts),
     )  # fmt: skip
     table.done("scheme", "group_size", "scales", "format", "ignore", "rule", "group", "experts")
     return found
 
 
-def _rule(number: int, t: _Table, scales: str) -> Rule:
+def _rule(number: int, t: _Table, scales: str, group: int | None) -> Rule:
     patterns = _compiled(t, "pattern", t.need("pattern", t.names("pattern")))
     name, size = t.need("scheme", t.text("scheme")), t.number("group_size")
     own = t.text("scales", ("absmax", "search"))
     t.done("pattern", "scheme", "group_size", "scales")
     if name.lower() not in KEEP:
-        return Rule(number, patterns, _scheme(t, name, size, own or scales))
+        return Rule(number, patterns, _scheme(t, name, size, own or scales, group))
     if size is not None or own is not None:
         key = "scales" if size is None else "group_size"
         raise PlanError(f"{t.where}: {key} does not apply to the scheme {name!r}.")
@@ -267,13 +272,17 @@ def _compiled(t: _Table, key: str, patterns: tuple[str, ...]) -> tuple[str, ...]
     return patterns
 
 
-def _scheme(t: _Table, name: str, group_size: int | None, scales: str) -> Scheme:
+def _scheme(
+    t: _Table, name: str, group_size: int | None, scales: str, default: int | None
+) -> Scheme:
     try:
         scheme = resolve(name)
         if scheme.is_float:
             raise PlanError(f"{name!r} is no quantization; 'keep' leaves modules as they are.")
         if group_size is not None and not has_groups(name):
             raise PlanError(f"group_size does not apply to {scheme.name}.")
+        if group_size is None and has_groups(name):
+            group_size = default
         return replace(resolve(name, group_size), scales=scales)  # type: ignore[arg-type]
     except PlanError as e:
         key = "group_size" if "group" in str(e) else "scheme"
@@ -296,7 +305,7 @@ def text_of(recipe: Recipe) -> str:
 
 def _scheme_lines(scheme: Scheme) -> list[str]:
     lines = [f"scheme = {json.dumps(scheme.name.lower())}"]
-    if scheme.block != resolve(scheme.name).block:
+    if has_groups(scheme.name):
         lines.append(f"group_size = {scheme.block[1]}")
     if scheme.scales != "absmax":
         lines.append(f'scales = "{scheme.scales}"')

@@ -207,6 +207,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 SCHEMES: dict[str, Scheme] = {name: Scheme(name, **kw) for name, kw in _PRESETS.items()}
 
+#: Schemes that one format has to itself.
+OF_FORMATS: dict[str, Scheme] = {
+    "W4A8_MXFP": Scheme("W4A8_MXFP", **_block_fp4("e8m0", 32, Activation("e4m3", 8, "group", 32))),
+}
+
 #: Not quantized: what a quantized source is brought back to.
 PLAIN: dict[str, Scheme] = {
     "BF16": Scheme("BF16", "bf16", 16, (1, ALL)),
@@ -214,7 +219,12 @@ PLAIN: dict[str, Scheme] = {
     "F32": Scheme("F32", "f32", 32, (1, ALL)),
 }
 
-ALIASES = {"INT8": "W8A8"}
+#: Ascend's own names of schemes; ``W8A16`` and ``W4A16`` are names that others have too.
+ASCEND = {
+    "W8A8_DYNAMIC": "W8A8", "W8A8_MXFP8": "MXFP8", "W4A4_MXFP4": "MXFP4", "W4A8_DYNAMIC": "W4A8",
+}  # fmt: skip
+
+ALIASES = {"INT8": "W8A8", **ASCEND}
 
 
 def resolve(name: str, group_size: int | None = None) -> Scheme:
@@ -229,12 +239,13 @@ def resolve(name: str, group_size: int | None = None) -> Scheme:
             "FP8 has a static activation scale that only calibration data can give; "
             "use FP8_DYNAMIC, which quantizes activations at run time."
         )
-    scheme = SCHEMES.get(key) or PLAIN.get(key)
+    scheme = SCHEMES.get(key) or OF_FORMATS.get(key) or PLAIN.get(key)
     if scheme is None:
-        near = get_close_matches(key, [*SCHEMES, *ALIASES], 1)
+        near = get_close_matches(key, [*SCHEMES, *OF_FORMATS, *ALIASES], 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise PlanError(
-            f"unknown scheme {name!r}: {hint}known schemes are {', '.join([*SCHEMES, *PLAIN])}."
+            f"unknown scheme {name!r}: {hint}known schemes are "
+            f"{', '.join([*SCHEMES, *OF_FORMATS, *PLAIN])}."
         )
     if group_size is None:
         return scheme

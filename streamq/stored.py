@@ -147,10 +147,10 @@ def stored_of(
     checkpoint: Checkpoint, found: Found, module: str, tensors: dict[str, TensorInfo]
 ) -> Stored:
     """One weight from its tensors. Raises CheckpointError where they do not fit its scheme."""
-    fmt, scheme = found.format, found.scheme_of(module)
+    fmt, scheme = found.format.of_module(module, tensors), found.scheme_of(module)
     if scheme is None:
         raise CheckpointError(
-            f"{module!r} is quantized, but config.json ignores it, or has no scheme for it."
+            f"{module!r} is quantized, but {fmt.told_in} ignores it, or has no scheme for it."
         )
     codes = next((tensors[s] for s in fmt.code_suffixes if s in tensors), None)
     if codes is None or len(codes.shape) < 2 or fmt.scale_suffix not in tensors:
@@ -194,6 +194,8 @@ def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quant
     """Codes and scales of some rows; ``first`` is a multiple of ``Layout.row_step``."""
     arrays: dict[Role, Array] = {}
     for e in s.layout.entries:
+        if e.role == "unused":
+            continue
         if e.rows:
             arrays[e.role] = _piece(checkpoint, s.tensors[e.suffix], e, first, rows)
         elif e.role == "global_scale" or (e.role == "constant" and s.format.reads_constant):

@@ -12,7 +12,7 @@ from helpers import write_checkpoint
 
 from streamq.cli import cli
 from streamq.formats import FORMATS
-from streamq.schemes import PLAIN, SCHEMES
+from streamq.schemes import OF_FORMATS, PLAIN, SCHEMES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "formats.md").read_text()
@@ -48,9 +48,9 @@ def test_formats_and_loaders():
 def test_schemes_that_formats_hold():
     (_, *names), *rows = table(HELD)
     assert names == [f.name for f in FORMATS.values() if f.name != "plain"]
-    assert [scheme for scheme, *_ in rows] == list(SCHEMES)
+    assert [scheme for scheme, *_ in rows] == [*SCHEMES, *OF_FORMATS]
     for name, *marks in zip(names, *(row[1:] for row in rows), strict=True):
-        held = {scheme for scheme, mark in zip(SCHEMES, marks, strict=True) if mark == "x"}
+        held = {row[0] for row, mark in zip(rows, marks, strict=True) if mark == "x"}
         assert held == set(FORMATS[name].presets), name
     assert FORMATS["plain"].presets == tuple(PLAIN)
     assert "Plain holds BF16, F16 and F32" in TEXT

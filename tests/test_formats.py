@@ -19,16 +19,21 @@ from streamq.tensors import DTYPES
 from streamq.verifying import verify
 
 ROWS, COLS = 64, 512
-PAIRS = [(f.name, s) for f in FORMATS.values() if not f.stacks for s in f.presets if s not in PLAIN]
-WHOLE_ROWS = ("gpt-fast",)
+#: Of experts, which this model has none of; tests/test_format_ascend.py.
+EXPERTS = (("ascend", "W4A8"),)
+PAIRS = [(f.name, s) for f in FORMATS.values() if not f.stacks for s in f.presets
+         if s not in PLAIN and (f.name, s) not in EXPERTS]  # fmt: skip
+WHOLE_ROWS = (("gpt-fast", "W8A16"), ("ascend", "W8A16"))
+#: Formats whose f32 and f16 scales of one preset are not the same numbers.
+ROUNDED = [("ascend", "gptq"), ("ascend", "gptq_v2")]
 
 
 def group_of(fmt, preset):
     """The group size a pair is tried with; None for schemes that have none."""
-    scheme = SCHEMES[preset]
+    scheme = resolve(preset)
     if scheme.element != "int" or scheme.block[1] == ALL:
         return None
-    return ALL if fmt in WHOLE_ROWS else 64
+    return ALL if (fmt, preset) in WHOLE_ROWS else 64
 
 
 def concrete(fmt, preset):
@@ -155,7 +160,7 @@ def test_back_to_floats(fmt, preset, source, made, tmp_path):
             assert data == tensors[name].tobytes()
             x = np.frombuffer(raw[name][1], ml_dtypes.bfloat16).astype("f8")
             noise = np.square(x - np.frombuffer(data, "f4")).sum() / np.square(x).sum()
-            assert noise < {2: 0.6, 3: 0.1}.get(SCHEMES[preset].bits, 0.03)
+            assert noise < {2: 0.6, 3: 0.1}.get(resolve(preset).bits, 0.03)
     assert verify(tmp_path / "f32").failures == []
 
 
@@ -173,7 +178,8 @@ def same_numbers():
     for preset in SCHEMES:
         holders = [f for f, s in PAIRS if s == preset]
         for a, b in itertools.permutations(holders, 2):
-            if concrete(a, preset).numbers == concrete(b, preset).numbers:
+            alike = concrete(a, preset).numbers == concrete(b, preset).numbers
+            if alike and (a, b) not in ROUNDED:
                 yield a, b, preset
 
 

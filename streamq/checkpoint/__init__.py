@@ -2,9 +2,9 @@
 
 from .files import read_json
 from .header import MAX_HEADER, read_header
-from .local import CONFIG, INDEX_SUFFIX, Checkpoint, open_checkpoint
+from .local import CONFIG, DESCRIPTION, INDEX_SUFFIX, Checkpoint, open_checkpoint
 
 __all__ = [
-    "CONFIG", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint", "open_checkpoint", "read_header",
-    "read_json",
+    "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER", "Checkpoint", "open_checkpoint",
+    "read_header", "read_json",
 ]  # fmt: skip

@@ -16,6 +16,8 @@ from .header import Header, read_header
 CONFIG = "config.json"
 #: Most tensors of a checkpoint; published ones have some 200,000.
 MAX_TENSORS = 2_000_000
+#: What Ascend's tools say of a quantization, in place of config.json.
+DESCRIPTION = "quant_model_description.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
 _WEIGHT_SUFFIXES = (
@@ -131,12 +133,12 @@ def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> C
     """
     path = Path(src)
     if path.is_file():
-        config = _read_config(path.parent)
-        others = [CONFIG] if config else []
+        config = _config(path.parent)
+        others = [name for name in (CONFIG, DESCRIPTION) if (path.parent / name).is_file()]
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
-    config = _read_config(path)
+    config = _config(path)
     others, elsewhere = _other_files(path)
     oddities = []
     if elsewhere:
@@ -154,6 +156,29 @@ def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> C
     if not shards:
         raise CheckpointError(f"{path}: no *.safetensors file here.")
     return _open(path, shards, index, config, others, oddities)
+
+
+def _config(root: Path) -> dict[str, Any]:
+    """config.json, with Ascend's description where other quantizations are said.
+
+    Older files of its have the type of the model in their name. Raises CheckpointError where
+    config.json speaks of another quantization.
+    """
+    config = _read_config(root)
+    usual = root / DESCRIPTION
+    older = sorted(root.glob(f"{usual.stem}_*{usual.suffix}"))
+    path = usual if usual.is_file() else older[0] if len(older) == 1 else None
+    if path is None:
+        return config
+    said = config.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method not in (None, "ascend"):
+        raise CheckpointError(
+            f"{root}: {path.name} is there and {CONFIG} says that the quantization is {method!r}; "
+            "remove what is not true of these weights."
+        )
+    description = {"quant_method": "ascend", "description": read_json(path)}
+    return {**config, "quantization_config": description}
 
 
 def _open(

@@ -8,6 +8,7 @@ from typing import Any
 from streamq.errors import CheckpointError, PlanError
 from streamq.schemes import Scheme
 
+from .ascend import Ascend
 from .awq import Awq
 from .base import Format, Rules, quantization_of
 from .compressed_tensors import CompressedTensors
@@ -23,6 +24,7 @@ from .plain import Plain
 
 __all__ = [
     "FORMATS",
+    "Ascend",
     "Entry",
     "Format",
     "GptFast",
@@ -49,6 +51,7 @@ FORMATS: dict[str, Format] = {
         Gptq(2),
         Mlx(),
         GptOss(),
+        Ascend(),
         Group(),
         GptFast(),
         Plain(),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from streamq.checkpoint import CONFIG
 from streamq.errors import CheckpointError, PlanError
 from streamq.kernels.reference import E4M3
 from streamq.schemes import FLOAT_TAGS, SCHEMES, Quantized, Scheme
-from streamq.tensors import TensorInfo, element
+from streamq.tensors import TensorInfo, element, stack_of
 
 from .layout import Layout, Role
 
@@ -64,6 +65,20 @@ class Format:
 
     #: Whether the output head is quantized as any other Linear.
     heads = False
+
+    #: Columns that share a scale of integers where none are asked for; None: the preset's.
+    group_size: int | None = None
+
+    def takes(self, name: str, scheme: Scheme) -> bool:
+        """Whether it can have a weight of this name in a scheme; one that it cannot stays."""
+        return not self.stacks or stack_of(name) is not None
+
+    def of_module(self, module: str, suffixes: Container[str] = ()) -> Format:
+        """This format as it has the weight of one module.
+
+        ``suffixes``: of the tensors of the module in a source.
+        """
+        return self
 
     #: What ``configured`` takes.
     options: tuple[str, ...] = ()
@@ -177,6 +192,11 @@ class Format:
             yield element(module, i), parts
 
     # --- reading ------------------------------------------------------------------------
+
+    #: The file that says which module has which scheme, for messages.
+    told_in = CONFIG
+    #: What a source has that is in no other format, for messages.
+    lost: str | None = None
 
     def as_read(self, config: Mapping[str, Any]) -> Format:
         """This format with the options that a config it reads speaks of."""

@@ -8,7 +8,12 @@ from typing import Literal, NamedTuple
 from streamq.schemes import BYTES, Packing
 from streamq.tensors import DTYPES
 
-Role = Literal["codes", "scale", "zero_point", "bias", "global_scale", "constant"]
+#: What a tensor is of its weight. ``offset``: zeros beside the scales; ``row_sum``: sums of rows of
+#: values; ``unused``: what others write and nothing here is made from.
+Role = Literal[
+    "codes", "scale", "zero_point", "bias", "global_scale", "constant", "offset", "row_sum",
+    "unused",
+]  # fmt: skip
 
 
 class Entry(NamedTuple):

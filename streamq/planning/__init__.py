@@ -11,14 +11,15 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from streamq.checkpoint import Checkpoint
+from streamq.checkpoint import DESCRIPTION, Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family, is_expert_stack
-from streamq.formats import Format, default_format, format_of, quantization_of
+from streamq.formats import Ascend, Format, default_format, format_of, quantization_of
 from streamq.stored import Stored, Where, find_stored
 from streamq.tensors import TensorInfo, element, size_text
 
 from .choose import Choice, block_warnings, choose, fuse, is_linear_like, notes, unused_patterns
+from .describe import described
 from .experts import experts_of, straight, transposed
 from .gpt_fast import joined_of
 from .kept import rules, stays_of
@@ -97,12 +98,17 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         warnings.append("the kv_cache_scheme of the source is lost: the new config has none")
     if not source.config:
         warnings.append("the source has no config.json; the new one holds its quantization only")
+    files = fmt.files(config)
+    if isinstance(fmt, Ascend):
+        names = (name for shard in shards for name in shard.names)
+        files[DESCRIPTION], more = described(names, modules, family, source.config)
+        warnings += more
     plan = Plan(
         options=options,
         shards=shards,
         config=config,
-        files=fmt.files(config),
-        others=[name for name in source.others if name not in _QUANTIZATION_FILES],
+        files=files,
+        others=[name for name in source.others if not name.startswith(_QUANTIZATION_FILES)],
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=unquantized,
         warnings=warnings,
@@ -219,8 +225,11 @@ def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> 
 
 
 #: What other tools say of a quantization beside config.json; loaders believe these files.
-_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_FILES = (
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description",
+)  # fmt: skip
+#: The last is MindIE's.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quantize")
 
 
 def _without_quantization(source: Checkpoint) -> dict[str, object]:

@@ -108,6 +108,9 @@ def choose(
             if named is None or named[0] is not scheme:
                 named = scheme, modules.setdefault(scheme, [])
             named[1].append(t.name.removesuffix(".weight"))
+        if target is not None:
+            own = target.format.of_module(t.name.removesuffix(".weight"))
+            target = target if own is target.format else target._replace(format=own)
         if target is not None and (last is None or last[0] is not target):
             last = target, numbers.setdefault(target, len(numbers))
         choice.numbers.append(-1 if target is None or last is None else last[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 from streamq.errors import PlanError
 from streamq.families import Family, matcher
-from streamq.formats import format_of
+from streamq.formats import Format, format_of
 from streamq.tensors import FLOATS, TensorInfo, stack_of
 
 from .experts import Stays, undeclared
@@ -24,7 +24,7 @@ def rules(options: Options, family: Family, named: bool) -> Callable[[TensorInfo
     ignored, wanted = either(options.ignore), either(options.only)
     left_alone = None if named else family.left_alone(options.scheme)
     left_out = None if named or options.only else _left_out(family.config)
-    unfit: dict[tuple[str, tuple[int, ...]], str | None] = {}
+    unfit: dict[tuple[str, tuple[int, ...], Format | None], str | None] = {}
 
     def why_not(t: TensorInfo) -> str | None:
         name, dtype, shape, _, _ = t
@@ -42,11 +42,12 @@ def rules(options: Options, family: Family, named: bool) -> Callable[[TensorInfo
             return why
         if options.only and not wanted(name):
             return "not in --only"
-        if options.format is not None and options.format.stacks and not stack_of(name):
+        fmt = options.format
+        if fmt is not None and not fmt.takes(name, options.scheme):
             return "not an expert"
         if left_out is not None and not stack_of(name) and left_out(name):
             return "left out in the source; --only takes it"
-        kind = dtype, shape
+        kind = dtype, shape, fmt and fmt.of_module(name.removesuffix(".weight"))
         if kind not in unfit:
             unfit[kind] = _unfit(t, options)
         return unfit[kind]
@@ -101,8 +102,9 @@ def _unfit(t: TensorInfo, options: Options) -> str | None:
         return f"dtype {t.dtype}"
     refuse_unfit(t.name, t.shape, options)
     assert options.format is not None
+    fmt = options.format.of_module(t.name.removesuffix(".weight"))
     try:
-        options.format.layout_of(t.shape, t.dtype, options.scheme.folded(t.shape))
+        fmt.layout_of(t.shape, t.dtype, options.scheme.folded(t.shape))
     except PlanError as e:
         raise PlanError(
             f"tensor {t.name!r} of shape {list(t.shape)}: {e}; "

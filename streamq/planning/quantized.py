@@ -32,9 +32,16 @@ class AlreadyQuantized:
         self._element = _TORCH_DTYPES.get(str(dtype), "bf16")
         self._kept: Counter[str] = Counter()
         self._brought_back = 0
+        self._lost: Counter[str] = Counter()
 
     def __call__(self, s: Stored, reason: str | None) -> tuple[Target | None, Scheme | None]:
         """The target, None for a copy of its tensors, and the scheme it then has, if any."""
+        target, scheme = self._decide(s, reason)
+        if target is not None and s.format.lost:
+            self._lost[s.format.lost] += 1
+        return target, scheme
+
+    def _decide(self, s: Stored, reason: str | None) -> tuple[Target | None, Scheme | None]:
         o = self._options
         assert o.format is not None
         if reason is None or (o.scheme.is_float and not asked(reason)):
@@ -89,6 +96,7 @@ class AlreadyQuantized:
                 f"{self._brought_back} quantized weights become {self._element}: loaders expect "
                 "them unquantized, and the format cannot hold their scheme"
             )
+        notes += [f"{what} of {n} weights are dropped" for what, n in self._lost.items()]
         return notes
 
 
@@ -101,7 +109,10 @@ def _can_hold(fmt: Format, scheme: Scheme) -> bool:
         preset = replace(preset, block=scheme.block)
         if 0 < scheme.block[1] < 8:  # order of activation: a scale for each column
             return False
-    return fmt.concrete(scheme).numbers == scheme.numbers == preset.numbers
+    try:
+        return fmt.concrete(scheme).numbers == scheme.numbers == preset.numbers
+    except PlanError:  # not in those blocks
+        return False
 
 
 def asked(reason: str) -> bool:

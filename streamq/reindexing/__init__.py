@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from streamq.checkpoint import CONFIG, Checkpoint, read_json
-from streamq.errors import CheckpointError
-from streamq.formats import format_of
+from streamq.checkpoint import CONFIG, DESCRIPTION, Checkpoint, read_json
+from streamq.errors import CheckpointError, PlanError
+from streamq.formats import Ascend, format_of
 
 from .fusing import fuse
 from .modules import Modules, groups_of, homes_of, modules_of
@@ -36,6 +36,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     Raises PlanError, naming the tensor, for what cannot be done.
     """
     m = modules_of(source)
+    if isinstance(m.fmt, Ascend) and (options.fuse or options.split or options.rename):
+        raise PlanError(
+            f"{source.root} has types for tensors by their names in {DESCRIPTION}, which streamq "
+            "reindex does not change; --fuse, --split and --rename are for other formats."
+        )
     warnings: list[str] = []
     notes = [*source.oddities]
     made: list[Made] = []

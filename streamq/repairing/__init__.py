@@ -10,10 +10,17 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from streamq.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_json
+from streamq.checkpoint import (
+    DESCRIPTION,
+    INDEX_SUFFIX,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from streamq.errors import CheckpointError
 from streamq.families import Family
 from streamq.recipe import Recipe
@@ -21,6 +28,7 @@ from streamq.reindexing import Placed, Plan, Translated, lay_out, whole
 from streamq.stored import Stored, look, stored_of, weights_of
 from streamq.verifying.lint import GLOBAL, INPUT, MARKS, Facts, Fusion, unequal
 
+from .describing import missing_entries
 from .scales import Member, common, energies
 from .types import Repair, Shared
 
@@ -117,6 +125,14 @@ def make_plan(source: Checkpoint, wrong: list[str], recipe: Recipe | None = None
             f"the index names {ghosts[0]!r}, which no shard has ({len(ghosts)} such tensors); "
             "the new one does not"
         )
+    types, unknown = missing_entries(source)
+    files: dict[str, dict[str, Any]] = {}
+    if types:
+        first = next(iter(types))
+        repairs.append(f"{len(types)} missing entries of {DESCRIPTION}, the first {first!r}")
+        files[DESCRIPTION] = {**read_json(source.root / DESCRIPTION), **types}
+    if unknown:
+        left.append(f"the type of {unknown[0]!r} is not known ({len(unknown)} such tensors)")
     changed: dict[str, bytes | Translated] = {}
     shared = []
     try:
@@ -128,7 +144,7 @@ def make_plan(source: Checkpoint, wrong: list[str], recipe: Recipe | None = None
         rows = {"extra_groups": recipe.groups, "extra_experts": recipe.experts} if recipe else {}
         facts = Facts(source, None, weights, Family(source.config, **rows))  # type: ignore[arg-type]
         shared = [*_global_scales(facts, changed), *_input_scales(facts, changed)]
-    return Repair(_plan(source, changed), repairs, shared, left)
+    return Repair(_plan(source, changed, files), repairs, shared, left)
 
 
 def _weights(source: Checkpoint) -> list[Stored]:
@@ -182,7 +198,9 @@ def _input_scales(facts: Facts, changed: dict[str, bytes | Translated]) -> Itera
         yield _shared(old, new)
 
 
-def _plan(source: Checkpoint, changed: dict[str, bytes | Translated]) -> Plan:
+def _plan(
+    source: Checkpoint, changed: dict[str, bytes | Translated], files: dict[str, dict[str, Any]]
+) -> Plan:
     """Every tensor in its file, the files under their names, some tensors with other bytes."""
     by_file: dict[str, list[Placed]] = {file: [] for file in source.files}
     for t in source.tensors.values():
@@ -197,7 +215,7 @@ def _plan(source: Checkpoint, changed: dict[str, bytes | Translated]) -> Plan:
         shards.append(lay_out(name, placed, said))
     return Plan(
         shards=[s for s in shards if s.names],
-        files={},
+        files=files,
         others=source.others,
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         input_files=len(source.files),

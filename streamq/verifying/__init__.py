@@ -9,6 +9,9 @@ from typing import Any
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.errors import CheckpointError
 from streamq.families import Family
+from streamq.formats import Ascend
+from streamq.formats.ascend import description_of
+from streamq.formats.ascend_readers import findings
 from streamq.planning import cuts_of
 from streamq.recipe import Recipe
 from streamq.stored import Stored, look
@@ -18,7 +21,7 @@ from .elements import Progress, compare
 from .lint import Facts, Finding, lint
 from .readers import check_readers, schemes_on_disk
 from .report import Report
-from .structure import check_index, check_scales, find_weights
+from .structure import check_index, check_scales, check_sums, find_weights
 
 __all__ = ["Finding", "Report", "verify"]
 
@@ -35,8 +38,9 @@ def verify(
     """Check the checkpoint in ``dst``; with ``source``, every element of it.
 
     Structure: headers, index, total_size, names, dtypes and shapes against the config,
-    finite non-zero scales; compressed-tensors configs mean to every reader what is on disk; no
-    rule about a loader finds a fault (``verifying.lint``). With the source:
+    finite non-zero scales; compressed-tensors configs mean to every reader what is on disk, and
+    so do Ascend's descriptions; no rule about a loader finds a fault (``verifying.lint``). With
+    the source:
     untouched tensors are equal byte for byte, and each weight is within half a code step
     of its code (clipped ones aside); a quantized source counts with the values of its codes.
     ``recipe``: the one it was made by, where that declares groups or layouts of experts.
@@ -75,11 +79,16 @@ def verify(
         if found.format.name == "compressed-tensors" and not report.failures:
             schemes = schemes_on_disk(checkpoint, weights)
             report.failures += check_readers(checkpoint.config, family, schemes)
+        if isinstance(found.format, Ascend):
+            said = description_of(checkpoint.config)
+            report.failures += findings(said, checkpoint.tensors, family)
         _lint(Facts(checkpoint, found, weights, family), report)
         report.warnings += _cuts(weights, family, check_tp)
         if source is not None:
             of_source = Family(source.config, **rows)
             compare(checkpoint, source, of_source, weights, found.format, workers, progress, report)
+        else:
+            check_sums(checkpoint, weights, workers, report)
         for read in (checkpoint, source):
             try:
                 if read is not None:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
+from streamq.errors import CheckpointError
 from streamq.families import Family
 from streamq.formats import Format
 from streamq.kernels.reference import E2M1_VALUES, E4M3, dequantize, spread
@@ -52,6 +53,12 @@ def compare(
                         if n not in known and n not in parts]  # fmt: skip
 
     def one(t: TensorInfo) -> tuple[str, str | None, float, float]:
+        try:
+            return looked_at(t)
+        except CheckpointError as e:
+            return t.name, str(e), 0, 0
+
+    def looked_at(t: TensorInfo) -> tuple[str, str | None, float, float]:
         origin = origins.get(t.name)
         signal = noise = 0.0
         if t.name in quantized:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from math import inf
 
 import numpy as np
 
 from streamq.checkpoint import Checkpoint, read_json
-from streamq.errors import StreamqError
+from streamq.errors import CheckpointError, StreamqError
 from streamq.families import Family
-from streamq.stored import Array, Found, Stored, read, stored_of, weights_of
+from streamq.stored import Array, Found, Stored, read, read_rows, slabs, stored_of, weights_of
 
 from .report import Report
 
@@ -49,7 +50,7 @@ def find_weights(checkpoint: Checkpoint, found: Found, report: Report) -> list[S
         scheme = found.scheme_of(module)
         if scheme is not None and tests.get(scheme, _never)(module) != "embedding":
             report.failures.append(
-                f"{t.name!r} is not quantized and config.json does not ignore it: "
+                f"{t.name!r} is not quantized and {found.format.told_in} does not ignore it: "
                 "loaders look for its scales"
             )
     return weights
@@ -80,6 +81,8 @@ def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) 
                 constant = float(read(checkpoint, s.tensors[e.suffix]).reshape(-1)[0])
                 if not 0 < constant < inf:
                     report.failures.append(f"{s.tensors[e.suffix].name!r} is {constant}")
+            if e.role == "offset" and read(checkpoint, s.tensors[e.suffix]).any():
+                report.failures.append(f"{s.tensors[e.suffix].name!r} is not zero")
             if e.role == "bias":
                 bias = read(checkpoint, s.tensors[e.suffix]).astype(np.float32)
                 if not np.isfinite(bias).all():
@@ -87,6 +90,22 @@ def check_scales(checkpoint: Checkpoint, weights: list[Stored], report: Report) 
                     report.failures.append(
                         f"{s.tensors[e.suffix].name!r} is {bias[tuple(at)]} at {_place(at)}"
                     )
+
+
+def check_sums(checkpoint: Checkpoint, weights: list[Stored], workers: int, report: Report) -> None:
+    """Weights that have sums of their codes beside them are read, which compares the two."""
+
+    def unread(s: Stored) -> str | None:
+        try:
+            for first, rows in slabs(s):
+                read_rows(checkpoint, s, first, rows)
+        except CheckpointError as e:
+            return str(e)
+        return None
+
+    summed = [s for s in weights if any(e.role == "row_sum" for e in s.layout.entries)]
+    with ThreadPoolExecutor(workers) as pool:
+        report.failures += filter(None, pool.map(unread, summed))
 
 
 def _place(at: Array) -> str:
