@@ -273,6 +273,14 @@ def test_blocks_that_merged_rows_would_part(rows, found, tmp_path):
         assert findings["merged-blocks"].names == [Q]
 
 
+def test_an_embedding_of_another_shape_is_not_tied(clean, tmp_path):
+    """Such as that of a speech decoder, which comes first."""
+    out = shutil.copytree(clean("ct"), tmp_path / "out")
+    retie(lambda old: old)(out)
+    add("audio.embed_tokens.weight", "BF16", [4, 4], bytes(32))(out)
+    assert {"tied-twice", "tied-and-different"} & rules_in(out).keys() == {"tied-twice"}
+
+
 def test_faults_are_counted_and_the_first_are_named(clean, tmp_path):
     out = shutil.copytree(clean("ct"), tmp_path / "out")
     for leaf in ("k", "v"):

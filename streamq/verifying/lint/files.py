@@ -57,11 +57,11 @@ def _consolidated(facts: Facts) -> list[str]:
     return [] if set(facts.checkpoint.files) <= set(found) else found
 
 
-def _tensor(facts: Facts, leaves: tuple[str, ...]) -> TensorInfo | None:
-    """The first weight of a module whose name ends so."""
+def _weights(facts: Facts, leaves: tuple[str, ...]) -> list[TensorInfo]:
+    """The weights of modules whose names end so."""
     ends = tuple(f"{leaf}.weight" for leaf in leaves)
-    named = (t for name, t in facts.checkpoint.tensors.items() if name.endswith(ends))
-    return next((t for t in named if t.name.split(".")[-2] in leaves), None)
+    named = [t for name, t in facts.checkpoint.tensors.items() if name.endswith(ends)]
+    return [t for t in named if t.name.split(".")[-2] in leaves]
 
 
 def _tie(facts: Facts) -> bool | None:
@@ -72,13 +72,14 @@ def _tie(facts: Facts) -> bool | None:
 
 
 def _both(facts: Facts) -> tuple[TensorInfo, TensorInfo] | None:
-    """Head and embedding where the config ties them and both are there."""
-    head, embedding = _tensor(facts, ("lm_head",)), _tensor(facts, _EMBEDDINGS)
-    return (head, embedding) if _tie(facts) and head and embedding else None
+    """Head and embedding, of one shape, where the config ties them and both are there."""
+    heads = _weights(facts, ("lm_head",)) if _tie(facts) else []
+    embeddings = _weights(facts, _EMBEDDINGS) if heads else []
+    return next(((h, e) for h in heads for e in embeddings if h.shape == e.shape), None)
 
 
 def _equal(facts: Facts, a: TensorInfo, b: TensorInfo) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    if a.dtype != b.dtype:
         return False
     step = 1 << 20
     pieces = ((at, min(step, a.nbytes - at)) for at in range(0, a.nbytes, step))
@@ -97,14 +98,13 @@ def _twice(facts: Facts) -> list[str]:
 
 
 def _headless(facts: Facts) -> list[str]:
-    """The embedding of a language model whose head is neither there nor tied."""
+    """The head of a language model with an embedding, where it is neither there nor tied."""
     kinds = facts.config.get("architectures")
     causal = isinstance(kinds, list) and any("ForCausalLM" in str(kind) for kind in kinds)
     names = {part for name in facts.checkpoint.tensors for part in name.split(".")[:-1][-1:]}
-    embedding = _tensor(facts, _EMBEDDINGS)
-    if not causal or _tie(facts) is not False or embedding is None or names & {*_HEADS}:
+    if not causal or _tie(facts) is not False or names & {*_HEADS}:
         return []
-    return ["lm_head.weight"]
+    return ["lm_head.weight"] if _weights(facts, _EMBEDDINGS) else []
 
 
 def _merged_blocks(facts: Facts) -> list[str]:

@@ -40,9 +40,11 @@ def _without(suffixes: tuple[str, ...], activations: bool) -> Find:
     """Quantized modules of two-level schemes that lack one of ``suffixes``."""
 
     def find(facts: Facts) -> list[str]:
-        missing = []
-        for module, parts in facts.found.parts.items() if facts.found else ():
-            scheme = facts.found.scheme_of(module) if facts.found else None
+        missing: list[str] = []
+        if facts.found is None:
+            return missing
+        for module, parts in facts.found.parts.items():
+            scheme = facts.found.scheme_of(module)
             if scheme is None or not scheme.two_level or (activations and not scheme.activation):
                 continue
             if "weight_scale" in parts and not any(s in parts for s in suffixes):
