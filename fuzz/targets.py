@@ -28,8 +28,8 @@ from streamq.verifying import verify
 
 #: In memory where there is such a place: a target writes a file or two each time.
 _PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-_FOLDER = Path(tempfile.mkdtemp(prefix="streamq-fuzz-", dir=_PLACE))
-atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+FOLDER = Path(tempfile.mkdtemp(prefix="streamq-fuzz-", dir=_PLACE))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 _LARGEST = 1 << 16
 
 
@@ -44,7 +44,7 @@ def _checked(what: Callable[[], object]) -> None:
 
 
 def _folder(name: str) -> Path:
-    folder = _FOLDER / name
+    folder = FOLDER / name
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from math import isinf
 
+import ascend_checkpoints as ascend
 import ml_dtypes
 import numpy as np
 import pytest
@@ -351,3 +352,32 @@ def test_a_global_scale_that_is_none_is_refused(bad, tmp_path):
     source, wrong = open_broken(folder)
     with source, pytest.raises(CheckpointError, match=r"k_proj.weight_scale_2' is 0.0, which"):
         make_plan(source, wrong)
+
+
+# --- the description of Ascend's checkpoints ------------------------------------------------
+
+
+def test_missing_entries_of_a_description_are_added(tmp_path):
+    write_checkpoint(tmp_path / "in", ascend.moe(), ascend.CONFIG)
+    run_convert(tmp_path / "in", tmp_path / "good", "W8A8", format=ascend.ASCEND)
+    said = ascend.description(tmp_path / "good")
+    gone = [f"{ascend.GATE}.weight_scale", f"{LAYER}input_layernorm.weight"]
+    broken = shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    text = json.dumps({k: v for k, v in said.items() if k not in gone})
+    (broken / ascend.FILE).write_text(text)
+    assert len([f for f in verify(broken).failures if "has no entry" in f]) == 2
+    result = run(broken, tmp_path / "out")
+    assert "repairs 2 missing entries of quant_model_description.json" in result.stdout
+    assert ascend.description(tmp_path / "out") == said
+    assert verify(tmp_path / "out").failures == []
+    assert run(tmp_path / "good", tmp_path / "x").stdout.endswith("nothing to repair\n")
+
+
+def test_types_that_nothing_tells_are_said(tmp_path):
+    write_checkpoint(tmp_path / "in", ascend.moe(), ascend.CONFIG)
+    run_convert(tmp_path / "in", tmp_path / "good", "W8A8", format=ascend.ASCEND)
+    said = ascend.description(tmp_path / "good")
+    left = {k: v for k, v in said.items() if not k.startswith(ascend.GATE)}
+    (tmp_path / "good" / ascend.FILE).write_text(json.dumps(left))
+    result = run(tmp_path / "good", "--dry-run")
+    assert f"warning: the type of '{ascend.GATE}.weight" in result.stdout

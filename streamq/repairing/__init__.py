@@ -10,10 +10,17 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from streamq.checkpoint import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_json
+from streamq.checkpoint import (
+    DESCRIPTION,
+    INDEX_SUFFIX,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from streamq.errors import CheckpointError
 from streamq.families import Family
 from streamq.recipe import Recipe
@@ -22,6 +29,7 @@ from streamq.stored import Stored, look, stored_of, weights_of
 from streamq.trust import crc32
 from streamq.verifying.lint import GLOBAL, INPUT, MARKS, Facts, Fusion, unequal
 
+from .describing import missing_entries
 from .scales import Member, common, energies
 from .types import Repair, Shared
 
@@ -118,6 +126,14 @@ def make_plan(source: Checkpoint, wrong: list[str], recipe: Recipe | None = None
             f"the index names {ghosts[0]!r}, which no shard has ({len(ghosts)} such tensors); "
             "the new one does not"
         )
+    types, unknown = missing_entries(source)
+    files: dict[str, dict[str, Any]] = {}
+    if types:
+        first = next(iter(types))
+        repairs.append(f"{len(types)} missing entries of {DESCRIPTION}, the first {first!r}")
+        files[DESCRIPTION] = {**read_json(source.root / DESCRIPTION), **types}
+    if unknown:
+        left.append(f"the type of {unknown[0]!r} is not known ({len(unknown)} such tensors)")
     changed: dict[str, bytes | Translated] = {}
     shared = []
     try:
@@ -129,7 +145,7 @@ def make_plan(source: Checkpoint, wrong: list[str], recipe: Recipe | None = None
         rows = {"extra_groups": recipe.groups, "extra_experts": recipe.experts} if recipe else {}
         facts = Facts(source, None, weights, Family(source.config, **rows))  # type: ignore[arg-type]
         shared = [*_global_scales(facts, changed), *_input_scales(facts, changed)]
-    return Repair(_plan(source, changed), repairs, shared, left)
+    return Repair(_plan(source, changed, files), repairs, shared, left)
 
 
 def _weights(source: Checkpoint) -> list[Stored]:
@@ -183,7 +199,9 @@ def _input_scales(facts: Facts, changed: dict[str, bytes | Translated]) -> Itera
         yield _shared(old, new)
 
 
-def _plan(source: Checkpoint, changed: dict[str, bytes | Translated]) -> Plan:
+def _plan(
+    source: Checkpoint, changed: dict[str, bytes | Translated], files: dict[str, dict[str, Any]]
+) -> Plan:
     """Every tensor in its file, the files under their names, some tensors with other bytes."""
     by_file: dict[str, list[Placed]] = {file: [] for file in source.files}
     for t in source.tensors.values():
@@ -200,7 +218,7 @@ def _plan(source: Checkpoint, changed: dict[str, bytes | Translated]) -> Plan:
     return Plan(
         origin={"command": "repair", "changed": new},
         shards=[s for s in shards if s.names],
-        files={},
+        files=files,
         others=source.others,
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         input_files=len(source.files),

@@ -168,8 +168,8 @@ RULES = (
     # vLLM: compressed_tensors.py, _quantization_scheme_map_from_config.
     Rule("group-actorder", "vLLM 0.32", "warning",
          "refuses groups of columns in another order (actorder)", _moved_groups, _CT),
-    # SGLang: compressed_tensors.py, WNA16_SUPPORTED_BITS.
-    Rule("sglang-bits", "SGLang (0541d3be)", "warning",
+    # SGLang: compressed_tensors.py, _get_scheme_from_parts, WNA16_SUPPORTED_BITS.
+    Rule("sglang-bits", "SGLang (000659ae)", "warning",
          "has packed integers of 4 and 8 bits only", _odd_bits, _CT),
     # vLLM: auto_gptq.py, AutoGPTQConfig.TYPE_MAP.
     Rule("gptq-types", "vLLM 0.32", "warning",
