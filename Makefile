@@ -56,7 +56,7 @@ soak: .venv/ready-test
 
 # Each target for FUZZ seconds, guided by coverage; a crash stops it and leaves the input here.
 FUZZ ?= 120
-fuzz: $(addprefix fuzz-,header index config recipe)
+fuzz: $(addprefix fuzz-,header index config recipe record)
 
 fuzz-%: .venv/ready-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'

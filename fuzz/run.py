@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 # Not the kernels: numba compiles what they are, not what instruments them.
 with atheris.instrument_imports(include=[
     "streamq.checkpoint", "streamq.families", "streamq.formats", "streamq.planning",
-    "streamq.recipe", "streamq.repairing", "streamq.stored", "streamq.verifying",
+    "streamq.recipe", "streamq.repairing", "streamq.stored", "streamq.trust", "streamq.verifying",
 ]):  # fmt: skip
     from targets import FOLDER, TARGETS
 
 
 #: Bytes before the JSON of an input.
-AHEAD = {"header": 1, "index": 0, "config": 1}
+AHEAD = {"header": 1, "index": 0, "config": 1}  # a record ends within its JSON
 
 
 def mutator_of(name: str) -> dict[str, object]:

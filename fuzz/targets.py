@@ -24,6 +24,7 @@ from streamq.repairing import make_plan as plan_repair
 from streamq.repairing import open_broken
 from streamq.schemes import resolve
 from streamq.stored import open_tensors
+from streamq.trust import crc32, parse_record
 from streamq.verifying import verify
 
 #: In memory where there is such a place: a target writes a file or two each time.
@@ -187,6 +188,13 @@ def recipe(data: bytes) -> None:
     _checked(look)
 
 
+def record(data: bytes) -> None:
+    """streamq.json, with the right checksum of itself, which none would meet by chance."""
+    body = data[:_LARGEST]
+    _checked(lambda: parse_record(body + b'  "crc32": "%08x"\n}\n' % crc32(body)))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header, "index": index, "config": config, "recipe": recipe,
+    "record": record,
 }  # fmt: skip
