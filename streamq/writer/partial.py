@@ -98,8 +98,9 @@ class Partial:
 
         The journal goes first and for good, as it speaks of files that others will replace.
         """
-        (self._partial / JOURNAL).unlink(missing_ok=True)
-        self._sync.path(self._partial)
+        if (self._partial / JOURNAL).exists():
+            (self._partial / JOURNAL).unlink()
+            self._sync.path(self._partial)
         for path in self._partial.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._output.mkdir()
