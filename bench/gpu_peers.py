@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 Call = Callable[[], Any]
@@ -44,3 +45,22 @@ def eager(x: Any) -> dict[str, Call]:
         "W4A16": int4_groups,
     }  # fmt: skip
     return {f"{name} torch eager": call for name, call in calls.items()}
+
+
+def torchao(x: Any) -> dict[str, Call]:
+    """torchao 0.18's own conversions of the same schemes, where it is installed."""
+    if find_spec("torchao") is None:
+        return {}
+    import torch
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+    from torchao.quantization import Float8Tensor
+
+    outer = torch.tensor(1 / 25000, device=x.device)
+    calls = {
+        "NVFP4A16": lambda: nvfp4_quantize(x, per_tensor_scale=outer),
+        "MXFP4A16": lambda: to_mx(x, torch.float4_e2m1fn_x2, 32),
+        "MXFP8A16": lambda: to_mx(x, torch.float8_e4m3fn, 32),
+        "FP8_DYNAMIC": lambda: Float8Tensor.from_hp(x),
+    }
+    return {f"{name} torchao": call for name, call in calls.items()}

@@ -56,14 +56,15 @@ MUTANTS = {
         "bits.py", "(b + 0x7FFF + ((b >> 16) & 1))", "b", "W8A8",
     ),
     "bf16 rounds half up": (
-        "bits.py", "(b + 0x7FFF + ((b >> 16) & 1))", "(b + 0x8000)", "W8A8",
+        "bits.py", "(b + 0x7FFF + ((b >> 16) & 1))", "(b + 0x8000)", "W4A16_ASYM",
     ),
     "small floats are cut off": (
         "bits.py", "steps = bits_of(v + float_of(power)) - power",
         "steps = (tl.floor(v * float_of((508 << 22) - power)) ).to(tl.uint32)", "NVFP4",
     ),
     "e2m1 and e4m3 are not saturated": (
-        "bits.py", "    v = tl.minimum(a, TOP)\n    exponent", "    v = a\n    exponent", "NVFP4",
+        "bits.py", "    v = tl.minimum(a, TOP)\n    exponent", "    v = a\n    exponent",
+        "FP8_DYNAMIC",
     ),
     "subnormals of small floats have steps of their own": (
         "bits.py", "exponent = tl.maximum(bits_of(v), LEAST << 23) & _INF",
@@ -74,8 +75,10 @@ MUTANTS = {
         "MXFP4",
     ),
     "FP8 by reciprocal": (
-        "fp8.py", "code = e4m3_code(round_to(tl.div_rn(w, s[:, None]), STEP))",
-        "code = e4m3_code(round_to(w * tl.div_rn(1.0, s)[:, None], STEP))", "FP8_DYNAMIC",
+        "fp8.py",
+        "tl.div_rn(w, s[:, None]), STEP))\n    tl.store(codes + (row * cols)[:, None] + at",
+        "w * tl.div_rn(1.0, s)[:, None], STEP))\n    tl.store(codes + (row * cols)[:, None] + at",
+        "FP8_DYNAMIC",
     ),
     "FP8 scales by reciprocal": (
         "fp8.py", "tl.div_rn(top, 448.0)", "top * (1.0 / 448.0)", "FP8_BLOCK_F32_SCALE",
@@ -115,31 +118,25 @@ MUTANTS = {
     "MX without the quirk of lost powers": (
         "mx.py", "byte = tl.where(over | lost, 127, byte)", "byte = byte", "MXFP4",
     ),
-    "a tie of errors leaves absmax": (
-        "search_int.py", "(i == 0) | (error < least)", "(i == 0) | (error <= least)",
-        "INT4_SEARCH",
-    ),
     "one candidate of e4m3 is left out": (
         "search_fp4.py", "for i in range(8):", "for i in range(7):", "NVFP4_SEARCH",
     ),
-    "candidates of e8m0 go one way only": (
+    "candidates of e8m0 go down only": (
         "search_fp4.py", "for i in range(2):", "for i in range(1):", "MXFP4_SEARCH",
     ),
-    "a factor is left out": (
-        "search_int.py", "CANDIDATES = tl.constexpr(16)", "CANDIDATES = tl.constexpr(15)",
-        "INT8_CHANNEL_SEARCH",
+    "a tie of errors leaves absmax, e4m3": (
+        "search_fp4.py", "better = error < least  #", "better = error <= least  #",
+        "NVFP4_ONE_LEVEL_SEARCH",
     ),
-    "errors are fused": (
-        "search_int.py", "return sum_of_squares(w - code * s[:, None], N, W)",
-        "return sum_of_squares((w.to(tl.float64) - code.to(tl.float64) * s.to(tl.float64)[:, None])"
-        ".to(tl.float32), N, W)", "INT4_SEARCH",
+    "a tie of errors leaves absmax, e8m0": (
+        "search_fp4.py", "QUOTIENT, N, W)\n        better = error < least",
+        "QUOTIENT, N, W)\n        better = error <= least", "MXFP4_SEARCH",
+    ),
+    "factors begin one step lower": (
+        "search_int.py", "TOP - DOWN * (i - 1)", "TOP - DOWN * i", "INT4_SEARCH",
     ),
     "errors are added in f32": (
         "search.py", "    wide = e.to(tl.float64)\n", "    wide = e\n", "INT8_CHANNEL_SEARCH",
-    ),
-    "errors are added half by half": (
-        "search.py", "tl.sum(tl.reshape(x, (N, W >> (i + 1), 2)), axis=2)",
-        "tl.sum(tl.reshape(x, (N, 2, W >> (i + 1))), axis=1)", "INT8_CHANNEL_SEARCH",
     ),
 }  # fmt: skip
 

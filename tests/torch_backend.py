@@ -89,5 +89,9 @@ def interpreted():
     """
     os.environ["TRITON_INTERPRET"] = "1"
     from streamq.kernels import triton
+    from triton.runtime import interpreter
 
+    # Its checks for overflow only count where debug is on, and take as long as the sums.
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
     return triton

@@ -57,8 +57,14 @@ CASES: dict[str, Scheme] = {
 
 
 def outer_of(x: Array, scheme: Scheme, numerics: Numerics) -> Array | None:
-    """``outer`` for a matrix taken as one tensor: f32 ``[rows]``, or None."""
+    """``outer`` f32 ``[rows]`` for a matrix, or None where the scheme needs none.
+
+    Taken as one tensor where that has one scale. Else each row is a tensor of its own, as in a
+    stack, or the largest of them would leave the others nothing but zeros.
+    """
     if not scheme.needs_amax:
         return None
-    top = np.abs(x.astype(np.float32)).max()
-    return np.full(len(x), outer_scale(top, scheme, x.dtype, numerics), np.float32)
+    tops = np.abs(x.astype(np.float32)).max(axis=1)
+    if scheme.whole_tensor:
+        tops[:] = tops.max()
+    return outer_scale(tops, scheme, x.dtype, numerics).astype(np.float32)

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from streamq.kernels.golden import CASES, DTYPES, FOLDER, NUMERICS, Array, outer_of
 from streamq.kernels.reference import quantize
 
-ROWS, COLS = 24, 384
+ROWS, COLS = 30, 384
 
 
 def inputs(dtype: Any) -> Array:
@@ -40,6 +40,25 @@ def inputs(dtype: Any) -> Array:
         x[16 + i] *= mantissa / np.abs(x[16 + i]).reshape(-1, 32).max(1).repeat(32)
     x[22] = rng.uniform(-1, 1, COLS) * float(info.max) / 8
     x[23, 0] = float(info.max) / 4
+    # Ties of quotients whose divisor is no power of two: x / d is exact, x * (1 / d) is not.
+    odd = np.arange(17, 33, 2)  # between two e4m3 values, in every binade
+    x[24] = np.resize(np.concatenate(([448], odd / 2, odd, odd * 2, -odd * 4, odd * 8)), COLS) * 3
+    scales = np.resize(np.array([3, 5, 7, 9, 11, 13, 15]), COLS // 16)  # of NVFP4, under 2688
+    x[25] = (scales[:, None] * x[4, :16]).reshape(-1)
+    x[25, 0] = 2688
+    x[26] = x[25] * 3
+    x[27] = 0
+    x[27, ::16] = np.resize(odd * 6, COLS // 16)  # a sixth of it is between two block scales
+    x[27, 128::16] = 6  # 1 * 6 is 1.5 * 4, and 1.1 * 6 is nothing else
+    x[27, 256::16] = 72.5  # a sixth of it is too, under 2240; not so 72.5 * (1 / 6)
+    x[27, 0] = 2240
+    x[28] = float(info.smallest_subnormal) * np.resize(np.arange(-640, 640, 7), COLS)
+    x[29] = np.resize([6, -6, 4, 2, 0, -2], COLS)  # as exact under twice the MX scale
+    x[29, 0] = 57344  # 1.75 * 2^15, behind which f16 has no power of two
+    x[29, 128:256] = 0
+    x[29, 128:130] = 1, -(2.0**-8)  # a range between two bf16
+    x[29, 256:] = 0
+    x[29, 256::32] = 7.5 * (1 + 2.0**-8)  # a scale between two bf16
     return x.astype(dtype)
 
 

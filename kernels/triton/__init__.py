@@ -110,7 +110,7 @@ def quantize(
     ``out.scale`` is left as it is.
     """
     if out is None:
-        like = shapes(*x.shape, x.dtype, scheme, packing)
+        like = shapes(x.shape[0], x.shape[1], x.dtype, scheme, packing)
         made = (torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in like)
         out = Quantized(**dict(zip(scheme.parts, made, strict=True)))
     seen = new_status(x.device) if status is None else status
