@@ -66,7 +66,7 @@ def parse_record(raw: bytes) -> Record:
         del value["crc32"]
         checksum, files = value.pop("checksum"), value.pop("files")
         if checksum != {"algorithm": "crc32", "block": BLOCK}:
-            raise CheckpointError(f"{RECORD}: has checksums of a kind not known here: {checksum!r}.")
+            raise CheckpointError(f"{RECORD}: has checksums of another kind: {checksum!r}.")
         return Record(value, {name: _file_sum(said) for name, said in files.items()})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{RECORD}: is not a record of streamq ({e!r}).") from None
