@@ -81,32 +81,31 @@ def test_every_syscall_may_fail(kind, source, wanted, tmp_path, pytestconfig):
     assert disturbed == 0 if kind == "short" else disturbed > 0.8 * len(numbers)
 
 
-def test_an_old_output_makes_way_at_the_end(source, wanted, tmp_path):
+@pytest.mark.parametrize("moment", ["before", "between the renames", "after"])
+def test_an_old_output_makes_way_at_the_end(moment, source, wanted, tmp_path):
     """It is there, or the new one is, or for a moment it waits in DST.partial."""
-    seen = set()
-    for n in range(60, 200):
-        folder = tmp_path / str(n)
-        out = folder / "out"
-        out.mkdir(parents=True)
-        (out / "old").write_text("old")
-        try:
-            with Layer(folder, n, "crash"):
-                run_convert(source, out, SCHEME, sync=True, workers=1, overwrite=True)
-        except Crash:
-            pass
-        else:
-            break
-        if not out.exists():
-            seen.add("away")
-            assert [p.name for p in folder.glob("out.partial/old-*/*")] == ["old"]
-        else:
-            seen.add("old" if contents(out) == {"old": b"old"} else "new")
-            assert contents(out) in ({"old": b"old"}, wanted)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    until = {
+        "before": lambda: (tmp_path / "out.partial" / "output" / "streamq.json").exists(),
+        "between the renames": lambda: not out.exists(),
+        "after": lambda: (out / "config.json").exists(),
+    }[moment]
+
+    def overwrite():
         run_convert(source, out, SCHEME, sync=True, workers=1, overwrite=True)
-        assert contents(out) == wanted
-        assert [p.name for p in folder.iterdir()] == ["out"]
-        shutil.rmtree(folder)
-    assert seen == {"old", "away", "new"}
+
+    with pytest.raises(Crash), Layer(tmp_path, until=until):
+        overwrite()
+    if moment == "between the renames":
+        assert not out.exists()
+        assert [p.name for p in tmp_path.glob("out.partial/old-*/*")] == ["old"]
+    else:
+        assert contents(out) == ({"old": b"old"} if moment == "before" else wanted)
+    overwrite()
+    assert contents(out) == wanted
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_signals_interrupt_syscalls(source, wanted, tmp_path):
