@@ -49,7 +49,8 @@ peer-%:
 
 soak: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --hypothesis-profile soak tests/test_header_fuzz.py tests/test_kernels.py tests/test_convert.py \
-	    tests/test_triton.py tests/test_triton_targets.py
+	    tests/test_triton.py tests/test_triton_values.py \
+	    tests/test_triton_targets.py
 
 # Each client in an environment of its own; one whose wheels cannot be had is named and skipped.
 # no-deps.txt names what asks for newer packages than it needs.

@@ -1,6 +1,8 @@
 """The Triton kernels in Triton's interpreter: equal to the reference bit by bit."""
 
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,22 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamq.kernels import reference
 from streamq.kernels.golden import CASES, DTYPES, NUMERICS, outer_of
-from test_kernels import any_bytes, equal, matrices, packing_of, read, same_values
+from test_kernels import equal, matrices, packing_of, read
 from torch_backend import array, interpreted, needs_triton, tensor, with_arrays
+from triton_cases import DISTINCT, EXAMPLES, KERNELS, weights
 
 from streamq.errors import NonFiniteError
 from streamq.schemes import ALL, BYTES, SCHEMES, Packing, Quantized, Scheme
 
 pytestmark = needs_triton
 
+BENCH = Path(__file__).parent.parent / "bench" / "gpu.py"
+
 
 @pytest.fixture(scope="module")
 def run():
     return with_arrays(interpreted())
-
-
-#: The golden cases without those that only their activations tell apart.
-DISTINCT = {replace(s, name="", activation=None): name for name, s in CASES.items()}.values()
 
 
 @pytest.mark.parametrize("name", DISTINCT)
@@ -40,10 +41,6 @@ def test_golden(run, name):
                 assert equal(q.scale, golden[key + "scale"]), key
             if q.zero_point is not None:
                 assert equal(q.zero_point, golden[key + "zero_point"]), key
-
-
-#: Of each scheme: 3 in `make test`, 250 in `make soak`; an example takes some 30 ms.
-EXAMPLES = max(1, settings.default.max_examples // 20)
 
 
 def agree(run, x, scheme, packing, numerics, outer):
@@ -74,14 +71,6 @@ def test_equals_the_reference(run, name, data):
     agree(run, x, scheme, packing, numerics, outer_of(x, scheme, numerics))
 
 
-def weights(rows, cols, dtype="bf16"):
-    """Ordinary numbers, an outlier, a zero row where there are two."""
-    x = np.random.default_rng(cols).standard_normal((rows, cols)) * 0.02
-    x[0, -1] = 3
-    x[1:2] = 0
-    return x.astype(DTYPES[dtype])
-
-
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
     ("rows", "cols", "group"),
@@ -90,30 +79,6 @@ def weights(rows, cols, dtype="bf16"):
 def test_words_of_every_width_and_any_shape(run, bits, rows, cols, group):
     scheme = Scheme("odd", "int", bits, (1, group), symmetric=bits % 2 == 0)
     agree(run, weights(rows, cols), scheme, Packing("words", bits), "f32", None)
-
-
-#: One scheme for every kernel, and every way in which one walks a matrix.
-KERNELS = {
-    "integers of groups": SCHEMES["W4A16"],
-    "integers with zero points": SCHEMES["W3A16_ASYM"],
-    "integers of rows": SCHEMES["W8A8"],
-    "integers of rows with zero points": CASES["INT8_CHANNEL_ASYM"],
-    "integers, searched": CASES["INT4_SEARCH"],
-    "integers of rows, searched": CASES["INT8_CHANNEL_SEARCH"],
-    "integers of rows with zero points, searched": replace(
-        CASES["INT8_CHANNEL_ASYM"], scales="search"
-    ),
-    "FP8 of tensors": CASES["FP8_TENSOR"],
-    "FP8 of rows": SCHEMES["FP8_DYNAMIC"],
-    "FP8 of groups": Scheme("FP8_GROUP", "e4m3", 8, (1, 128), "f32"),
-    "FP8 of blocks": SCHEMES["FP8_BLOCK"],
-    "FP8 of blocks of other sizes": Scheme("FP8_SMALL", "e4m3", 8, (48, 40), "f32"),
-    "MXFP4": SCHEMES["MXFP4"],
-    "MXFP4, searched": CASES["MXFP4_SEARCH"],
-    "MXFP8": SCHEMES["MXFP8"],
-    "NVFP4": SCHEMES["NVFP4"],
-    "NVFP4, searched": CASES["NVFP4_SEARCH"],
-}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -247,80 +212,6 @@ def test_outputs_may_be_pieces_of_one_buffer(run, name):
         assert equal(array(part).view(np.uint8), getattr(wanted, role).view(np.uint8)), role
 
 
-@pytest.mark.parametrize("name", DISTINCT)
-def test_golden_codes_have_the_values_of_the_reference(run, name):
-    scheme, inputs, golden = CASES[name], read("inputs"), read(name)
-    for dtype in DTYPES:
-        key = f"{dtype}.f32."
-        g = outer_of(inputs[dtype], scheme, "f32")
-        scale = g[:1, None] if scheme.whole_tensor else golden[key + "scale"]
-        q = Quantized(golden[key + "codes"], scale, golden.get(key + "zero_point"),
-                      g if scheme.two_level else None)  # fmt: skip
-        wanted = reference.dequantize(q, scheme)
-        assert equal(run.dequantize(q, scheme), wanted), key
-        packed = replace(
-            q,
-            codes=reference.pack(
-                q.codes.view(np.uint8 if scheme.element != "int" else np.int8), packing_of(scheme)
-            ),
-        )
-        out = np.empty(wanted.shape, DTYPES[dtype])
-        got = run.dequantize(packed, scheme, out, packing=packing_of(scheme))
-        with np.errstate(over="ignore"):
-            assert equal(got, wanted.astype(DTYPES[dtype])), key
-
-
-@pytest.mark.parametrize("name", DISTINCT)
-@settings(max_examples=EXAMPLES)
-@given(data=st.data())
-def test_dequantize_equals_the_reference(run, name, data):
-    q = data.draw(any_bytes(CASES[name]))
-    with np.errstate(all="ignore"):
-        wanted = reference.dequantize(q, CASES[name])
-    assert same_values(run.dequantize(q, CASES[name]), wanted)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_bias_is_added_last(run, bits, packed):
-    scheme = Scheme("biased", "int", bits, (1, 32), "f16", symmetric=False)
-    x = weights(3, 96, "f16")
-    q = reference.quantize(x, scheme)
-    bias = (q.zero_point.astype(np.float32) * -0.75).astype(np.float16)
-    q = Quantized(q.codes, q.scale, bias=bias)
-    wanted = reference.dequantize(q, scheme)
-    packing = Packing("words", bits) if packed else BYTES
-    q = replace(q, codes=reference.pack(q.codes, packing))
-    out = np.empty(x.shape, np.float32)
-    assert equal(run.dequantize(q, scheme, out, packing=packing), wanted)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_energies_are_those_of_the_dequantized_weight(run, name):
-    scheme, x = KERNELS[name], weights(5, 640)
-    outer = outer_of(x, scheme, "f32")
-    q = reference.quantize(x, scheme, outer=outer)
-    w = x.astype(np.float64)
-    e = w - reference.dequantize(q, scheme)
-    wanted = np.stack([(w * w).sum(axis=1), (e * e).sum(axis=1)], axis=1)
-    for packing in (BYTES, packing_of(scheme)):
-        packed = replace(q, codes=reference.pack(q.codes, packing))
-        got = run.energies(x, packed, scheme, packing, outer)
-        np.testing.assert_allclose(got, wanted, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cast(run, dtype):
-    import torch
-
-    x = read("inputs")["f32"].reshape(-1)
-    with np.errstate(over="ignore"):
-        wanted = x.astype(DTYPES[dtype])
-    got, finite = run.module.cast(tensor(x), getattr(torch, str(tensor(wanted).dtype)[6:]))
-    assert equal(array(got), wanted)
-    assert finite == np.isfinite(wanted.astype(np.float32)).all()
-
-
 def test_what_it_does_not_support_is_said(run):
     others = {
         "inverse": Scheme("", "int", 4, (1, 32), "f32", inverse=True),
@@ -331,3 +222,13 @@ def test_what_it_does_not_support_is_said(run):
         "floats": Scheme("", "bf16", 16, (1, ALL)),
     }
     assert [name for name, scheme in others.items() if run.supports(scheme)] == []
+
+
+def test_the_benchmark_says_in_one_sentence_that_there_is_no_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = subprocess.run([sys.executable, BENCH], capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert out.stderr == "bench/gpu.py measures on a GPU, and torch finds none here.\n"

@@ -68,6 +68,18 @@ def test_no_product_is_fused_with_a_sum(rows):
         assert fused <= 5 * divisions, (row["case"], row["kernel"], code)
 
 
+def test_rounding_by_addition_is_not_folded_away(rows):
+    """32 weights a thread, or 16 where scales are searched, each is rounded."""
+    for row in rows:
+        if row["target"] != "gfx942" and row["kernel"] in ("integer", "piece_errors"):
+            assert row["code"]["rint"] >= 16, (row["case"], row["kernel"])
+
+
+def test_programs_have_no_more_threads_than_a_device_can_start(rows):
+    for row in rows:
+        assert row["warps"] * (64 if row["target"] == "gfx942" else 32) <= 1024, row["case"]
+
+
 def test_subnormals_are_kept(rows):
     for row in rows:
         assert row["code"]["ftz"] == 0, (row["case"], row["kernel"])

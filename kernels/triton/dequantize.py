@@ -11,7 +11,7 @@ from streamq.schemes import Packing, Quantized, Scheme
 
 from .bits import e2m1_value, e4m3_signed_value, e8m0_value, load, store
 from .packing import load_code, width_and_offset
-from .tiles import KINDS, cover, launch, place, raw
+from .tiles import KINDS, SMALL_EACH, SMALL_TILE, cover, launch, place, raw
 
 #: How kernels name scales of one byte, beside KINDS.
 E4M3 = tl.constexpr(4)
@@ -24,7 +24,8 @@ COLUMNS = 1024
 def dequantize(q: Quantized, scheme: Scheme, packing: Packing, out: Any) -> None:
     """Values of codes, packed as said, rounded to the dtype of ``out [rows, cols]``."""
     rows, cols = out.shape
-    tiles = cover(rows, triton.cdiv(cols, COLUMNS), min(cols, COLUMNS))
+    columns = min(cols, COLUMNS)
+    tiles = cover(rows, triton.cdiv(cols, COLUMNS), columns, SMALL_TILE, SMALL_EACH)
     args, constants = operands(q, scheme, packing, rows, cols)
     launch(values, tiles, *args, raw(out), cols, OUT=KINDS[out.dtype], **constants)
 

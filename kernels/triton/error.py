@@ -11,7 +11,7 @@ from streamq.schemes import Packing, Quantized, Scheme
 
 from .bits import load
 from .dequantize import code_and_scale, operands
-from .tiles import KINDS, SEARCH_EACH, SEARCH_TILE, cover, launch, place, raw
+from .tiles import KINDS, SMALL_EACH, SMALL_TILE, cover, launch, place, raw
 
 #: Columns that a program adds up at a time.
 COLUMNS = 512
@@ -20,7 +20,7 @@ COLUMNS = 512
 def energies(x: Any, q: Quantized, scheme: Scheme, packing: Packing, out: Any) -> None:
     """Sums of squares of each row of ``x`` and of its error into ``out`` f64 ``[rows, 2]``."""
     rows, cols = x.shape
-    tiles = cover(rows, 1, min(cols, COLUMNS), SEARCH_TILE, SEARCH_EACH)
+    tiles = cover(rows, 1, min(cols, COLUMNS), SMALL_TILE, SMALL_EACH)
     args, constants = operands(q, scheme, packing, rows, cols)
     del args[3], constants["BIAS"]  # of inverse schemes only
     launch(

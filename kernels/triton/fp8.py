@@ -24,7 +24,7 @@ from .bits import (
     round_to,
     store,
 )
-from .tiles import KINDS, LONGEST, TILE, Tiles, cover, launch, place, raw
+from .tiles import KINDS, LONGEST, TILE, WARP, Tiles, cover, launch, place, raw
 
 
 def quantize(x: Any, scheme: Scheme, weight: bool, outer: Any, out: Quantized, status: Any) -> None:
@@ -46,7 +46,8 @@ def quantize(x: Any, scheme: Scheme, weight: bool, outer: Any, out: Quantized, s
         high, wide = triton.next_power_of_2(height), triton.next_power_of_2(width)
         across = triton.cdiv(cols, width)
         programs = triton.cdiv(rows, height) * across
-        tiles = Tiles(rows, across, across, programs, max(4, high * wide // 2048), high, 1, wide)
+        warps = max(4, high * wide // (64 * WARP))
+        tiles = Tiles(rows, across, across, programs, warps, high, 1, wide)
         launch(
             fp8_blocks, tiles, raw(x), raw(out.codes), raw(out.scale), status,
             cols, height, width, x.stride(0), **rule,

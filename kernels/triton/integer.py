@@ -18,9 +18,9 @@ from .search_int import CANDIDATES, best, piece_errors, quotient, scale_and_zero
 from .tiles import (
     KINDS,
     LONGEST,
-    SEARCH_EACH,
     SEARCH_LONGEST,
-    SEARCH_TILE,
+    SMALL_EACH,
+    SMALL_TILE,
     TILE,
     cover,
     flattened,
@@ -63,7 +63,7 @@ def quantize(
         "KIND": KINDS[x.dtype],
     }
     ends, known, pieces = None, None, 1
-    tiles = cover(rows, cols // width, width, *((SEARCH_TILE, SEARCH_EACH) if search else ()))
+    tiles = cover(rows, cols // width, width, *((SMALL_TILE, SMALL_EACH) if search else ()))
     if width > (SEARCH_LONGEST if search else LONGEST):
         ends = row_ends(x, scheme.symmetric, status)
         if search:
@@ -81,7 +81,7 @@ def quantize(
 def _errors_of_pieces(x: Any, ends: Any, rule: dict[str, Any]) -> tuple[Any, int]:
     """What ``best`` takes as known of rows that no tile holds, and how many pieces they have."""
     rows, cols = x.shape
-    tiles = cover(rows, triton.cdiv(cols, SEARCH_LONGEST), SEARCH_LONGEST, SEARCH_TILE, SEARCH_EACH)
+    tiles = cover(rows, triton.cdiv(cols, SEARCH_LONGEST), SEARCH_LONGEST, SMALL_TILE, SMALL_EACH)
     pieces = triton.next_power_of_2(tiles.blocks)
     shape = (CANDIDATES.value, rows, pieces)
     known = torch.zeros(shape, dtype=torch.float64, device=x.device)

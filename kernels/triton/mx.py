@@ -12,7 +12,7 @@ from streamq.schemes import Packing, Quantized, Scheme
 from .bits import F16, F32, e2m1_code, e4m3_code, e8m0_value, load, magnitude, report, round_to
 from .packing import store_codes, width_and_offset
 from .search_fp4 import best_e8m0
-from .tiles import KINDS, SEARCH_EACH, SEARCH_TILE, cover, flattened, launch, place, raw
+from .tiles import KINDS, SMALL_EACH, SMALL_TILE, cover, flattened, launch, place, raw
 
 
 def quantize(
@@ -21,7 +21,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize ``x [rows, cols]`` to e2m1 or e4m3 in blocks of 32 columns."""
     rows, cols = flattened(x)
-    tiles = cover(rows, cols // 32, 32, *((SEARCH_TILE, SEARCH_EACH) if search else ()))
+    tiles = cover(rows, cols // 32, 32, *((SMALL_TILE, SMALL_EACH) if search else ()))
     bits = width_and_offset(packing)[0]
     launch(
         mx, tiles, raw(x), raw(out.codes), raw(out.scale), status, x.stride(0), cols * bits // 8,

@@ -22,7 +22,7 @@ from .bits import (
 )
 from .packing import store_codes, width_and_offset
 from .search_fp4 import best_e4m3
-from .tiles import KINDS, SEARCH_EACH, SEARCH_TILE, cover, launch, place, raw
+from .tiles import KINDS, SMALL_EACH, SMALL_TILE, cover, launch, place, raw
 
 
 def quantize(
@@ -31,7 +31,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize ``x [rows, cols]`` in blocks of 16 columns; ``outer`` f32 ``[rows]`` or None."""
     rows, cols = x.shape
-    tiles = cover(rows, cols // 16, 16, *((SEARCH_TILE, SEARCH_EACH) if search else ()))
+    tiles = cover(rows, cols // 16, 16, *((SMALL_TILE, SMALL_EACH) if search else ()))
     launch(
         nvfp4, tiles, raw(x), outer, raw(out.codes), raw(out.scale), status,
         x.stride(0), out.codes.shape[1], KIND=KINDS[x.dtype],

@@ -18,8 +18,14 @@ from .bits import BF16, F16, F32
 TILE, EACH = 4096, 32
 #: Columns of the longest block that a program holds in its registers.
 LONGEST = 32768
-#: The same where errors of candidates are summed in f64.
-SEARCH_TILE, SEARCH_EACH, SEARCH_LONGEST = 2048, 16, 16384
+#: The same where sums in f64, or codes and scales that are gathered, take more registers: with
+#: tiles of 4096 values of INT4 with zero points spill in f32.
+SMALL_TILE, SMALL_EACH = 2048, 16
+#: LONGEST where scales are searched.
+SEARCH_LONGEST = 16384
+
+#: Threads of a warp; no program has more than 1024, which 32 warps of AMD would.
+WARP = 64 if torch.version.hip else 32
 
 #: How kernels name the dtype of a weight or of a float scale.
 KINDS: dict[Any, int] = {torch.float32: F32.value, torch.bfloat16: BF16.value,
@@ -65,7 +71,7 @@ def cover(rows: int, blocks: int, width: int, size: int = TILE, each: int = EACH
 
     best = min(choices, key=covered)
     across, down = triton.cdiv(blocks, best), triton.cdiv(rows, n // best)
-    warps = max(4, n * wide // (32 * each))
+    warps = max(4, n * wide // (WARP * each))
     return Tiles(rows, blocks, across, across * down, warps, n // best, best, wide)
 
 
