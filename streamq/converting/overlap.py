@@ -136,9 +136,9 @@ class DeviceWorker(Worker):
         """The bytes of a slab on the device, where they may still be from the first pass."""
         nbytes = _nbytes(slab)
         if slab.weights.needs_amax and slab.weights.stored is None:
+            self._heed()  # before the slab is taken: an exception would keep it on the device
             x = self._fleet.kept.take(_place(slab), self._device.name, nbytes)
             if x is not None:
-                self._heed()
                 return x
         pinned = slot.read[:nbytes]
         values = self._read(slab, pinned)
