@@ -30,6 +30,7 @@ from .bits import (
     value,
     widen,
 )  # fmt: skip
+from .literals import of_literals
 from .mx import PLAIN, _field
 
 f64, i32 = np.float64, np.int32
@@ -75,8 +76,7 @@ def _columns(x, first, blocks, width, a, b, out):
 def _squared_errors(quotient: int) -> Any:
     """The function of what a quotient is rounded to, a literal: nearly twice as fast."""
 
-    @nb.njit(**JIT)
-    def squared_errors(weights, blocks, width, divisor, factor, error, total):
+    def squared_errors(numbers, weights, blocks, width, divisor, factor, error, total):
         """Squared error of each block into ``total[:blocks]``, neighbours added first.
 
         ``weights`` as ``_columns`` lays them out, ``divisor`` and ``factor`` f32 per block.
@@ -116,8 +116,7 @@ def _codes(width: int, quotient: int) -> Any:
     """The function of a block width and of what a quotient is rounded to."""
     size = u64(width)
 
-    @nb.njit(**JIT)
-    def codes(x, first, blocks, divisor, out):
+    def codes(numbers, x, first, blocks, divisor, out):
         """Codes of ``blocks`` blocks from element ``first`` of a row on, into the row ``out``."""
         for b in range(blocks):
             d, start = divisor[b], first + b * size
@@ -166,11 +165,12 @@ def _absmax_e8m0(top, rounding):
     return i32(127) if lost else byte, d
 
 
+squared_errors, codes_of = of_literals(_squared_errors), of_literals(_codes)
+
+
 @cache
 def kernel(quotient: int) -> Any:
     """The kernel of what x / scale is rounded to."""
-    squared_errors = _squared_errors(quotient)
-    codes_of_16, codes_of_32 = _codes(16, quotient), _codes(32, quotient)
 
     @nb.njit(**JIT)
     def search(
@@ -219,7 +219,9 @@ def kernel(quotient: int) -> Any:
                         first_factor[b] = _power(absmax[b])
                 for b in range(n):
                     best[b] = absmax[b]
-                squared_errors(weights, n, wide, first_divisor, first_factor, error, total)
+                squared_errors(
+                    (quotient,), weights, n, wide, first_divisor, first_factor, error, total
+                )
                 for b in range(n):
                     least[b] = total[b]
                 for step in steps:
@@ -232,7 +234,7 @@ def kernel(quotient: int) -> Any:
                         tried[b] = first_c if lost else c
                         divisor[b] = first_d if lost else d
                         factor[b] = first_f if lost else d
-                    squared_errors(weights, n, wide, divisor, factor, error, total)
+                    squared_errors((quotient,), weights, n, wide, divisor, factor, error, total)
                     _take_better(total, least, tried, best, n)
                 for b in range(n):
                     c = best[b]
@@ -241,9 +243,9 @@ def kernel(quotient: int) -> Any:
                     d = f32(e4m3_value(u32(c)) / gr) if e4m3 else _power(c)
                     divisor[b] = first_d if c == first_c else d
                 if e4m3:
-                    codes_of_16(row, first * wide, n, divisor, out)
+                    codes_of((16, quotient), row, first * wide, n, divisor, out)
                 else:
-                    codes_of_32(row, first * wide, n, divisor, out)
+                    codes_of((32, quotient), row, first * wide, n, divisor, out)
             if nibbles:
                 pack_nibbles(row_codes, codes[r])
         return largest

@@ -27,6 +27,7 @@ from .bits import (
     zero_key,
 )  # fmt: skip
 from .integer import _pack_words
+from .literals import of_literals
 
 f64 = np.float64
 
@@ -87,8 +88,7 @@ def _take_better(total, least, tried, best, tried_zero, best_zero, groups):
 def _scales(quotient: int, stored: int, symmetric: bool) -> Any:
     """The function that makes scales and zero points of what absmax sees, times a factor."""
 
-    @nb.njit(**JIT)
-    def scales(low, high, factor, lo, hi, eps, zero_of_lost, groups, scale, zero):
+    def scales(numbers, low, high, factor, lo, hi, eps, zero_of_lost, groups, scale, zero):
         """``low`` is amax / levels for symmetric codes, else ``low`` to ``high`` the range."""
         for g in range(groups):
             z = f32(0)
@@ -113,8 +113,7 @@ def _scales(quotient: int, stored: int, symmetric: bool) -> Any:
 def _errors(quotient: int, symmetric: bool) -> Any:
     """The function of what is lost of each element under the scale of its group."""
 
-    @nb.njit(**JIT)
-    def errors(x, first, groups, width, lo, hi, scale, zero, error):
+    def errors(numbers, x, first, groups, width, lo, hi, scale, zero, error):
         for g in range(groups):
             s, z, start = scale[g], zero[g], g * width
             for i in range(start, start + width):
@@ -134,8 +133,7 @@ def _errors(quotient: int, symmetric: bool) -> Any:
 def _codes(quotient: int, symmetric: bool) -> Any:
     """The function of the codes of some groups."""
 
-    @nb.njit(**JIT)
-    def codes(x, first, groups, width, lo, hi, scale, zero, offset, out):
+    def codes(numbers, x, first, groups, width, lo, hi, scale, zero, offset, out):
         for g in range(groups):
             s, z, start = scale[g], zero[g], first + g * width
             for i in range(start, start + width):
@@ -147,11 +145,12 @@ def _codes(quotient: int, symmetric: bool) -> Any:
     return codes
 
 
+scales, errors, codes_of = of_literals(_scales), of_literals(_errors), of_literals(_codes)
+
+
 @cache
 def kernel(quotient: int, stored: int, symmetric: bool) -> Any:
     """The kernel of what x / scale and the scale are rounded to, literals for LLVM."""
-    scales, errors = _scales(quotient, stored, symmetric), _errors(quotient, symmetric)
-    codes_of = _codes(quotient, symmetric)
 
     @nb.njit(**JIT)
     def search(
@@ -192,19 +191,48 @@ def kernel(quotient: int, stored: int, symmetric: bool) -> Any:
                             least_key = min(least_key, key(row, i))
                             most_key = max(most_key, key(row, i))
                         bottom[g], top[g] = key_value(least_key), key_value(most_key)
-                scales(bottom, top, f32(1), low, high, eps, zero_of_lost, n, best, best_zero)
-                errors(row, at, n, width, low, high, best, best_zero, error)
+                scales(
+                    (quotient, stored, symmetric), bottom, top, f32(1), low, high, eps,
+                    zero_of_lost, n, best, best_zero,
+                )  # fmt: skip
+                errors((quotient, symmetric), row, at, n, width, low, high, best, best_zero, error)
                 _sum_groups(error, n, width, a, b, least)
                 for factor in factors:
-                    scales(bottom, top, factor, low, high, eps, zero_of_lost, n, tried, tried_zero)
-                    errors(row, at, n, width, low, high, tried, tried_zero, error)
+                    scales(
+                        (quotient, stored, symmetric), bottom, top, factor, low, high, eps,
+                        zero_of_lost, n, tried, tried_zero,
+                    )  # fmt: skip
+                    errors(
+                        (quotient, symmetric),
+                        row,
+                        at,
+                        n,
+                        width,
+                        low,
+                        high,
+                        tried,
+                        tried_zero,
+                        error,
+                    )
                     _sum_groups(error, n, width, a, b, total)
                     _take_better(total, least, tried, best, tried_zero, best_zero, n)
                 for g in range(n):
                     row_scale[first + g] = best[g]
                     if not symmetric:
                         row_zero[first + g] = np.int8(best_zero[g])
-                codes_of(row, at, n, width, low, high, best, best_zero, offset, out)
+                codes_of(
+                    (quotient, symmetric),
+                    row,
+                    at,
+                    n,
+                    width,
+                    low,
+                    high,
+                    best,
+                    best_zero,
+                    offset,
+                    out,
+                )
             if packed_bits:
                 _pack_words(row_codes, u64(packed_bits), codes[r])
         return largest
