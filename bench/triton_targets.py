@@ -191,8 +191,9 @@ def _code(kernel: Any) -> dict[str, int]:
     for name in names:
         if re.match(r"(div|rcp|fma|mad|ex2|sqrt|rsqrt|v_div|v_fma|v_mad|v_rcp|v_mac)", name):
             counts[name] = counts.get(name, 0) + 1
-    # Adding 1.5 * 2^23 rounds to an integer, if nobody takes it off again at compile time.
-    counts["rint"] = text.count("0f4B400000")
+    # Adding 1.5 * 2^23 rounds to an integer, if nobody takes it off again at compile time. sm_100
+    # adds in pairs, with the number in a register.
+    counts["rint"] = text.count("0f4B400000") + text.count("add.rn.f32x2")
     counts["ftz"] = text.count(".ftz")
     mode = re.search(r"\.amdhsa_float_denorm_mode_32 (\d)", text)
     counts["denormals"] = 3 if mode is None else int(mode[1])

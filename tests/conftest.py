@@ -1,7 +1,13 @@
 """Hypothesis profiles: a quick one, and ``--hypothesis-profile soak`` for the long run."""
 
+import os
+
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.register_profile("soak", deadline=None, max_examples=5_000)
 settings.load_profile("default")
+
+# Triton reads this when it is imported, by whichever test of a process comes first.
+if os.environ.get("STREAMQ_TEST_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
