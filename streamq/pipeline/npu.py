@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from streamq.kernels import ascendc
-from streamq.kernels.ascendc.chips import chip_of
 
 from streamq.errors import DeviceError, NonFiniteError, PlanError
+from streamq.kernels import ascendc
+from streamq.kernels.ascendc.chips import chip_of
 from streamq.schemes import Numerics, Packing, Scheme
 
 from .layer import Array, Device, DType, Mark, Stream
@@ -26,9 +26,7 @@ def open_npus(numbers: Sequence[int]) -> list[Device]:
     try:
         opened = ascendc.open_device()
     except DeviceError as e:
-        raise PlanError(
-            f"--device npu: {str(e).removesuffix('.')}; or use --device cpu."
-        ) from None
+        raise PlanError(f"--device npu: {str(e).removesuffix('.')}; or use --device cpu.") from None
     npu = opened.torch.npu
     count = npu.device_count()
     for n in numbers:
