@@ -77,13 +77,14 @@ class OnHost(loader.Device):
             for t in tensors:
                 at, size = ctypes.c_void_p(t.data_ptr()), ctypes.c_uint64(t.nbytes)
                 self.library.shim_memory(at, size, 1)
-            pointers = [t.data_ptr() for t in tensors]
-            launcher = getattr(self.library, call.function)
-            assert launcher(self.blocks, None, *pointers, *call.arguments) == 0
+            super().run(call, *tensors)
 
 
 def on_host(chip, torch):
-    """A chip as ``open_device`` gives it, for tensors of torch's CPU."""
+    """A chip as ``open_device`` gives it, for tensors of torch's CPU.
+
+    ``torch.npu`` has to stand in for ``synchronize`` and ``current_stream``.
+    """
     lib = ctypes.CDLL(str(library(chip.arch)))
     loader.bind(lib, chip.functions)
     return OnHost(chip, torch, lib, 3, "cpu")

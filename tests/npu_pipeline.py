@@ -8,6 +8,7 @@ Writes ``DST/0``, ``DST/1`` ... and prints for each what ran and what was remark
 
 import json
 import sys
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ from streamq.pipeline.parts import arrange
 from streamq.schemes import BYTES
 
 COUNT = 2
+#: The stream that a thread works on.
+CURRENT = threading.local()
 #: Bytes of the largest slab that there is room for: half a weight in f32.
 LARGEST = 72 << 10
 
@@ -52,16 +55,25 @@ class Stream(npu.NpuStream):
         return super().quantize(x, *a)
 
 
-def stand_in(chip):
-    @contextmanager
-    def stream(s):
-        assert s.device.type == "cpu"
+@contextmanager
+def on(stream):
+    CURRENT.stream = stream
+    try:
         yield
+    finally:
+        CURRENT.stream = None
 
+
+def synchronize():
+    assert CURRENT.stream, "the stream of a lane has to be current around a launch"
+
+
+def stand_in(chip):
     torch.npu = SimpleNamespace(
-        device_count=lambda: COUNT, mem_get_info=lambda n: (1 << 30, 2 << 30), Event=Event,
-        Stream=lambda device: SimpleNamespace(device=device), stream=stream,
-        empty_cache=lambda: None, get_device_name=lambda n: chip,
+        device_count=lambda: COUNT, get_device_name=lambda n: chip,
+        mem_get_info=lambda n: (1 << 30, 2 << 30), empty_cache=lambda: None,
+        Stream=lambda device: SimpleNamespace(device=device, npu_stream=None), Event=Event,
+        stream=on, current_stream=lambda: CURRENT.stream, synchronize=synchronize,
     )  # fmt: skip
     opened = on_host(ascendc.chips.chip_of(chip), torch)
     ascendc.open_device = lambda: opened

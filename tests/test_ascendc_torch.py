@@ -1,6 +1,7 @@
 """The NPU backend on torch tensors: those of the CPU with the kernels of the shim, and an NPU's."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ def chip(request, monkeypatch):
         except DeviceError as error:
             pytest.skip(str(error))
     chip = next(c for c in chips.CHIPS if c.name == request.param)
+    npu = SimpleNamespace(
+        synchronize=lambda: None, current_stream=lambda: SimpleNamespace(npu_stream=None)
+    )
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
     device = on_host(chip, torch)
     monkeypatch.setattr(ascendc, "open_device", lambda: device)
     return chip

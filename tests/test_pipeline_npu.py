@@ -41,6 +41,7 @@ ROWS = [
     (LATER, "mxfp8", {}, [NPU]),
     (LATER, "W8A8_MXFP8", {"format": "ascend"}, [NPU]),
     (A2, None, {"recipe": MIXED}, [NPU, "3 weights to W4A16"]),
+    ("Ascend310P3", "w8a8", {}, [CPU, "9 weights to W8A8"]),
     (A2, "fp8_dynamic", {}, [CPU, "9 weights to FP8_DYNAMIC"]),
     (LATER, "mxfp8", {"numerics": "weight"}, [CPU, "9 weights to MXFP8"]),
     (LATER, "nvfp4", {}, [CPU, "9 weights to NVFP4"]),
