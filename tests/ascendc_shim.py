@@ -1,5 +1,6 @@
 """The AscendC kernels on a CPU: built against the shim, run in a process that they may abort."""
 
+import ctypes
 import hashlib
 import os
 import pickle
@@ -7,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from streamq.kernels import reference
-from streamq.kernels.ascendc import chips
+from streamq.kernels.ascendc import chips, loader
 
 HERE = Path(__file__).parent / "ascendc"
 KERNELS = Path(chips.__file__).parent
@@ -59,6 +62,32 @@ def shim(arch):
 def library(arch):
     """The kernels as they are for an architecture."""
     return kept("kernels.cpp", ".so", arch, "-O1", "-shared", shim(arch))
+
+
+_ONE_LAUNCH = threading.Lock()  # the shim has one memory
+
+
+@dataclass(frozen=True)
+class OnHost(loader.Device):
+    """A chip without a chip: its tensors lie in the memory of the host."""
+
+    def run(self, call, *tensors):
+        with _ONE_LAUNCH:
+            self.library.shim_clear()
+            for t in tensors:
+                at, size = ctypes.c_void_p(t.data_ptr()), ctypes.c_uint64(t.nbytes)
+                self.library.shim_memory(at, size, 1)
+            super().run(call, *tensors)
+
+
+def on_host(chip, torch):
+    """A chip as ``open_device`` gives it, for tensors of torch's CPU.
+
+    ``torch.npu`` has to stand in for ``synchronize`` and ``current_stream``.
+    """
+    lib = ctypes.CDLL(str(library(chip.arch)))
+    loader.bind(lib, chip.functions)
+    return OnHost(chip, torch, lib, 3, "cpu")
 
 
 class Aborted(Exception):

@@ -58,7 +58,7 @@ class FakeDevice:
         with self.lock:
             self.used -= nbytes
 
-    def supports(self, scheme):
+    def supports(self, scheme, numerics, packing):
         return not scheme.inverse
 
     def free(self):

@@ -1,12 +1,11 @@
 """The NPU backend on torch tensors: those of the CPU with the kernels of the shim, and an NPU's."""
 
-import ctypes
 import shutil
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ascendc_shim import library, needs_compiler, pruned
+from ascendc_shim import needs_compiler, on_host, pruned
 from streamq.kernels import ascendc, reference
 from streamq.kernels.ascendc import build, chips, loader
 from streamq.kernels.golden import CASES, DTYPES, NUMERICS, make, outer_of
@@ -17,19 +16,6 @@ from streamq.schemes import Packing
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = needs_compiler
-
-
-@dataclass(frozen=True)
-class OnHost(loader.Device):
-    """A chip without a chip: its tensors lie in the memory of the host."""
-
-    def run(self, call, *tensors):
-        self.library.shim_clear()
-        for t in tensors:
-            self.library.shim_memory(ctypes.c_void_p(t.data_ptr()), ctypes.c_uint64(t.nbytes), 1)
-        pointers = [t.data_ptr() for t in tensors]
-        launcher = getattr(self.library, call.function)
-        assert launcher(self.blocks, None, *pointers, *call.arguments) == 0
 
 
 NPU = "the NPU of this machine"
@@ -43,9 +29,11 @@ def chip(request, monkeypatch):
         except DeviceError as error:
             pytest.skip(str(error))
     chip = next(c for c in chips.CHIPS if c.name == request.param)
-    lib = ctypes.CDLL(str(library(chip.arch)))
-    loader.bind(lib, chip.functions)
-    device = OnHost(chip, torch, lib, 3, "cpu")
+    npu = SimpleNamespace(
+        synchronize=lambda: None, current_stream=lambda: SimpleNamespace(npu_stream=None)
+    )
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    device = on_host(chip, torch)
     monkeypatch.setattr(ascendc, "open_device", lambda: device)
     return chip
 

@@ -190,7 +190,7 @@ def test_what_a_device_does_not_have_runs_on_the_cpu(source, tmp_path, use):
     assert "W8A16 ran on cpu (numba), for fake does not have it" in remark
     recipe = {"rule": [{"pattern": "*down_proj", "scheme": "w4a16"}], "scheme": "fp8_block"}
     use(fake := FakeDevice())
-    fake.supports = lambda scheme: scheme.element == "int"
+    fake.supports = lambda scheme, numerics, packing: scheme.element == "int"
     convert(source, tmp_path / "r1", None, how={"recipe": recipe})
     mixed = convert(source, tmp_path / "r2", None, "cuda:0", {"recipe": recipe})
     assert files(tmp_path / "r1") == files(tmp_path / "r2")
@@ -368,11 +368,6 @@ def test_unknown_devices_are_wrong_usage(text, source, tmp_path):
     assert "Invalid value for '--device'" in result.stderr
     with pytest.raises(PlanError):
         convert(source, tmp_path / "out", "nvfp4", text)
-
-
-def test_an_npu_is_refused(source, tmp_path):
-    with pytest.raises(PlanError, match="do not run on an NPU yet; use --device cpu"):
-        convert(source, tmp_path / "out", "nvfp4", "npu")
 
 
 def test_torch_that_is_missing(source, tmp_path, monkeypatch):

@@ -69,10 +69,14 @@ def open_device() -> Device:
     try:
         torch = importlib.import_module("torch")
         importlib.import_module("torch_npu")
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        # Without CANN torch_npu misses a library, and torch, which loads it, tells of that in a
+        # RuntimeError of several lines.
+        first = str(error).strip().partition("\n")[0].rstrip(".")
         raise DeviceError(
             f"an NPU needs torch and torch_npu of the same version, and one cannot be imported "
-            f"({error}): install both as Ascend's documentation of torch_npu says."
+            f"({first}): install both as Ascend's documentation of torch_npu says, and source "
+            "CANN's set_env.sh."
         ) from None
     if not torch.npu.is_available():
         raise DeviceError(

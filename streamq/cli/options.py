@@ -100,8 +100,8 @@ def device_options(command: Callable[..., None]) -> Callable[..., None]:
     """What a conversion runs on; no byte of the output depends on it."""
     for option in reversed([
         click.option("--device", callback=device, default="cpu", show_default=True, metavar="NAME",
-                     help="What quantizes: cpu, cuda, cuda:0,cuda:1 and so on, or auto for what "
-                          "is faster (docs/gpu.md)."),
+                     help="What quantizes: cpu, cuda, cuda:0,cuda:1 and so on, npu likewise, or "
+                          "auto for what is faster, CPU or GPU (docs/gpu.md)."),
         click.option("--device-memory", callback=size, metavar="SIZE",
                      help="Memory to use on each device (default: 3/4 of what is free)."),
     ]):  # fmt: skip

@@ -48,8 +48,8 @@ class Settings:
     what is there, once the new one is complete. ``stats``: measure what the weights lose,
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
-    that of every file as well. ``device``: "cpu", "auto", "cuda", or several as in
-    "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
+    that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
     """
 
     workers: int | None = None

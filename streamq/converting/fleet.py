@@ -49,7 +49,10 @@ class Fleet:
 
     def takes(self, weights: Weights) -> bool:
         """Whether the kernels of the devices quantize some weights; else the CPU does."""
-        return is_quantized(weights) and self.devices[0].supports(weights.scheme)
+        return is_quantized(weights) and all(
+            self.devices[0].supports(weights.scheme, weights.target.numerics, packing)
+            for packing in {packing_of(layout) for layout in weights.layouts}
+        )
 
     def device_of(self, worker: int) -> Device:
         """Workers take turns."""

@@ -65,8 +65,8 @@ class Gpu:
         self.kernels = kernels.NAME
         self.device = torch.device("cuda", number)
 
-    def supports(self, scheme: Scheme) -> bool:
-        """Whether the kernels have a scheme."""
+    def supports(self, scheme: Scheme, numerics: Numerics, packing: Packing) -> bool:
+        """Whether the kernels have a scheme; they have all numerics and packings of it."""
         return bool(kernels.supports(scheme))
 
     def free(self) -> int:

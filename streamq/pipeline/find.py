@@ -37,10 +37,11 @@ def open_devices(names: Sequence[str]) -> list[Device]:
 
     Raises PlanError for what is not installed or not there, saying what to do.
     """
+    numbers = [int(name.partition(":")[2]) for name in names]
     if names[0].startswith("npu"):
-        raise PlanError(
-            f"--device {','.join(names)}: conversions do not run on an NPU yet; use --device cpu."
-        )
+        from .npu import open_npus
+
+        return open_npus(numbers)
     missing = [module for module in ("torch", "triton") if find_spec(module) is None]
     if missing:
         raise PlanError(
@@ -54,7 +55,7 @@ def open_devices(names: Sequence[str]) -> list[Device]:
             f"--device {','.join(names)}: torch or triton cannot be loaded ({_first(str(e))}); "
             "install them anew, or use --device cpu."
         ) from e
-    return open_gpus([int(name.partition(":")[2]) for name in names])
+    return open_gpus(numbers)
 
 
 def no_gpu(said: str, version: str) -> str:

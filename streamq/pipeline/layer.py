@@ -61,8 +61,8 @@ class Device(Protocol):
     name: str
     kernels: str
 
-    def supports(self, scheme: Scheme) -> bool:
-        """Whether the kernels have a scheme."""
+    def supports(self, scheme: Scheme, numerics: Numerics, packing: Packing) -> bool:
+        """Whether the kernels have a scheme, and make codes that lie so."""
 
     def free(self) -> int:
         """Bytes of memory that nobody uses."""
