@@ -118,9 +118,9 @@ class Run:
                     self._stop.set()
                     self._scheduler.stop()
                     wait(futures)
+            wait(closing)
             try:
                 _raise_first(futures)
-                wait(closing)
                 _raise_first(closing)
             finally:
                 for sink in self._sinks.values():
