@@ -1,6 +1,8 @@
 """Hypothesis profiles: a quick one, and ``--hypothesis-profile soak`` for the long run."""
 
 import os
+import signal
+import threading
 
 from hypothesis import settings
 
@@ -11,3 +13,7 @@ settings.load_profile("default")
 # Triton reads this when it is imported, by whichever test of a process comes first.
 if os.environ.get("STREAMQ_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Shells ignore it for what they run in the background, and so would what tests start.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
