@@ -56,6 +56,11 @@ class HubFiles:
         self._mine = threading.local()  # ``held`` of the job of each thread
         self._around: OrderedDict[Span, Future[Array]] = OrderedDict()
 
+    @property
+    def received(self) -> int:
+        """See ``Store``."""
+        return self.repository.received
+
     def size(self, file: str) -> int:
         """See ``Store``."""
         return self.repository.files[file].size

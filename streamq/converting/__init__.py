@@ -81,7 +81,8 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices.
+    run had written. ``remarks``: sentences about devices. ``downloaded``: bytes that came from
+    the Hub, for all outputs together; None for a source on this machine.
     """
 
     bytes_in: int
@@ -93,6 +94,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    downloaded: int | None = None
 
 
 def default_workers() -> int:
@@ -171,6 +173,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                None if source.remote is None else source.received,
             )
         )
     return summaries
