@@ -223,12 +223,9 @@ def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Arr
     if e.lines == 1 or width == e.stride:
         raw = bytes_of(c, t, start, width * e.lines)
     else:
-        buffer = bytearray(width * e.lines)
-        view = memoryview(buffer)
-        for line in range(e.lines):
-            at = t.start + line * e.stride + start
-            c.pread(t.file, at, view[line * width : (line + 1) * width])
-        raw = bytes(buffer)
+        lines = np.empty((e.lines, width), np.uint8)
+        c.pread_lines(t.file, t.start + start, e.stride, lines)
+        raw = lines.tobytes()
     shape = (e.lines, -1) if e.transposed else (-1, *e.shape[1:])
     return np.frombuffer(raw, dtype).reshape(shape)
 
