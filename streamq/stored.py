@@ -61,11 +61,9 @@ class Stored(NamedTuple):
         """What ``read_rows`` reads, with what lies between the lines of a transposed tensor."""
         for e in self.layout.entries:
             t = self.tensors[e.suffix]
-            if e.rows and e.role != "unused":
-                start, width = _place(e, first, rows)
-                yield t.file, t.start + start, t.start + (e.lines - 1) * e.stride + start + width
-            elif e.role in ("global_scale", "constant"):
-                yield t.file, t.start, t.end
+            if e.role != "unused":
+                at, width = _place(e, first, rows) if e.rows else (0, t.nbytes)
+                yield t.file, t.start + at, t.start + (e.lines - 1) * e.stride + at + width
 
 
 #: How a weight of a plan lies in a source where it is not a tensor of floats by itself.
@@ -136,10 +134,11 @@ def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
     for module, tensors in weights_of(found):
         s = stored_of(checkpoint, found, module, tensors)
         stored[s.name] = s
+    narrow = {tag for tag, dtype in DTYPES.items() if dtype.bits <= 8 and tag != "BOOL"}
     for t in checkpoint.tensors.values():
-        if t.name in stored or len(t.shape) != 2 or not t.name.endswith(".weight"):
+        if t.dtype not in narrow or t.name in stored:
             continue
-        if DTYPES[t.dtype].bits <= 8 and t.dtype != "BOOL":
+        if len(t.shape) == 2 and t.name.endswith(".weight"):
             raise CheckpointError(
                 f"{t.name!r} in {t.file} is {t.dtype} and has no {found.format.scale_suffix}: "
                 "its values are not known."
