@@ -80,18 +80,23 @@ class HubFiles:
             held.add(file, start, np.frombuffer(into, np.uint8))
             self._run([Request(*span, []) for span in pieces(file, start, end)], held, None)
             return
-        on = getattr(self._mine, "end", None) == (file, start)
+        self._read_near(file, start, end, into)
+
+    def _read_near(self, file: str, start: int, end: int, into: memoryview) -> None:
+        """A read of some bytes from pieces that are kept; the next ones are on their way already
+        where this thread reads on.
+        """
+        goes_on = getattr(self._mine, "end", None) == (file, start)
         self._mine.end = file, end
-        size, begin = self.size(file), start // AROUND * AROUND
-        last = min(size, end + AHEAD * AROUND) if on else end
-        spans = [(file, at, min(size, at + AROUND)) for at in range(begin, last, AROUND)]
-        near = [(span, self._near(span)) for span in spans]
-        for span, found in near:
+        size, first = self.size(file), start // AROUND * AROUND
+        last = min(size, end + AHEAD * AROUND) if goes_on else end
+        spans = [(file, at, min(size, at + AROUND)) for at in range(first, last, AROUND)]
+        coming = [(span, self._near(span)) for span in spans]
+        for span, piece in coming:
             a, b = max(start, span[1]), min(end, span[2])
             if a < b:
-                into[a - start : b - start] = self._whole(span, found)[
-                    a - span[1] : b - span[1]
-                ].data
+                data = self._whole(span, piece)
+                into[a - start : b - start] = data[a - span[1] : b - span[1]].data
 
     @property
     def _held(self) -> Held:
