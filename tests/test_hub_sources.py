@@ -57,14 +57,18 @@ def hub(monkeypatch, tmp_path):
     assert left == [], "files of a source are left behind"
 
 
+def shrink(put: Callable[[Any, str, int], None] = setattr) -> None:
+    """Blocks and jobs so small that small checkpoints have many; ``put``: that of monkeypatch."""
+    small_units(put)
+    put(jobs, "JOB", JOB)
+    put(blocks, "BLOCK", BLOCK)
+    put(spool, "BLOCK", BLOCK)
+    put(from_hub, "FIRST", 1 << 10)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Blocks and jobs so small that small checkpoints have many."""
-    small_units(monkeypatch.setattr)
-    monkeypatch.setattr(jobs, "JOB", JOB)
-    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
-    monkeypatch.setattr(spool, "BLOCK", BLOCK)
-    monkeypatch.setattr(from_hub, "FIRST", 1 << 10)
+    shrink(monkeypatch.setattr)
 
 
 def convert(src: str | Path, out: Path, *schemes: str, **how: Any) -> list[Any]:
@@ -479,14 +483,14 @@ def test_a_branch_that_moved_is_not_gone_on_with(hub, small, tmp_path):
     same(tmp_path / "local", out)
 
 
-def test_a_killed_run_goes_on(hub, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on(hub, small, tmp_path):
     """It leaves nothing of the weights outside of DST.partial."""
     src = big(tmp_path / "in", layers=6)
     size = sum(p.stat().st_size for p in src.glob("*.safetensors"))
     hub.commit_folder("org/model", src)
     hub.faults = [stalling(0.05)]
     code = (
-        "import sys; from small_units import small_units; small_units()\n"
+        "import sys; from test_hub_sources import shrink; shrink()\n"
         "from streamq.cli import cli; cli(sys.argv[1:])"
     )
     args = ["convert", REPO, str(tmp_path / "out"), "-s", "nvfp4", "-j", "1"]
@@ -509,7 +513,6 @@ def test_a_killed_run_goes_on(hub, tmp_path, monkeypatch):
         assert sum(p.stat().st_size for p in left.rglob("*") if p.is_file()) < 10_000
         shutil.rmtree(left)
     hub.faults, hub.log = [], []
-    small_units(monkeypatch.setattr)
     (summary,) = convert(REPO, tmp_path / "out", "nvfp4")
     assert summary.resumed > 0
     assert hub.sent() < size
