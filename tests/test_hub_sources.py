@@ -29,7 +29,7 @@ import streamq
 from streamq.checkpoint import blocks, from_hub, open_checkpoint, remote, spool
 from streamq.checkpoint.blocks import Book, fetched_of, forecast
 from streamq.cli import cli
-from streamq.converting import Output, Settings, convert_all, jobs
+from streamq.converting import Output, Settings, convert_all, jobs, reads
 from streamq.errors import AddressError, StreamqError
 from streamq.hub import HubPath, client, is_hub, parse_hub
 from streamq.planning import make_plan
@@ -61,8 +61,8 @@ def shrink(put: Callable[[Any, str, int], None] = setattr) -> None:
     """Blocks and jobs so small that small checkpoints have many; ``put``: that of monkeypatch."""
     small_units(put)
     put(jobs, "JOB", JOB)
-    put(blocks, "BLOCK", BLOCK)
-    put(spool, "BLOCK", BLOCK)
+    for module in (blocks, reads, spool):
+        put(module, "BLOCK", BLOCK)
     put(from_hub, "FIRST", 1 << 10)
 
 
@@ -215,6 +215,23 @@ def test_each_byte_is_fetched_once_where_the_spool_holds_it(
     assert on_disk <= peak <= limit
     if most < 1.1:
         assert hub.sent() <= 1.02 * tensors  # with all headers
+
+
+def test_the_spool_leaves_the_outputs_their_disk(hub, small, tmp_path, monkeypatch):
+    src = big(tmp_path / "in")
+    hub.commit_folder("org/model", src)
+    with open_checkpoint(REPO) as source:
+        output = Output(make_plan(source, streamq.api.options("nvfp4")), tmp_path / "out")
+        free = output.plan.disk_needed + 3 * BLOCK + 10
+        monkeypatch.setattr(reads, "free_bytes", lambda place: free)
+        told = streamq.converting.means_of([output], Settings()).traffic
+        convert_all(source, [output], Settings(sync=False))
+        assert told.spooled == source._store._book.peak * BLOCK == 3 * BLOCK
+        assert told.factor > 1.1
+        monkeypatch.setattr(reads, "free_bytes", lambda place: 0)
+        assert streamq.converting.means_of([output], Settings()).traffic.spooled == 0
+    convert(src, tmp_path / "local", "nvfp4")
+    same(tmp_path / "local", tmp_path / "out")
 
 
 def test_requests_are_few(hub, tmp_path):

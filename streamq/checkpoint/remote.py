@@ -50,7 +50,7 @@ class HubFiles:
             name: (self.size(name) - header.nbytes, self.size(name))
             for name, header in headers.items() if name not in cached
         }  # fmt: skip
-        self.remote = Remote(extents, spool.slots)
+        self.remote = Remote(extents, spool.slots, spool.folder)
         self._book = Book(extents, spool.slots)
         self._pool = ThreadPoolExecutor(CONNECTIONS, "hub")
         self._lock = threading.Lock()
@@ -139,6 +139,11 @@ class HubFiles:
         with self._lock:
             for spans in work:
                 self._book.expect(self._elsewhere(spans))
+
+    def limit(self, slots: int) -> None:
+        """See ``Store``."""
+        with self._lock:
+            self._book.limit(slots)
 
     def _elsewhere(self, spans: Iterable[Span]) -> list[Span]:
         return [span for span in spans if span[0] not in self._here]
@@ -229,7 +234,7 @@ class HubFiles:
             except OSError:
                 kept.failed = True
                 with self._lock:
-                    self._book.shrink()
+                    self._book.limit(0)
 
     def _near(self, span: Span) -> Future[Array]:
         """A piece of a shard that small reads are in, fetched once while it is kept."""

@@ -22,7 +22,7 @@ from .devices import Means, is_quantized, means
 from .finish import finish
 from .jobs import JOB
 from .origin import identity_of, origin_of
-from .reads import traffic_of
+from .reads import spool_beside, traffic_of
 from .run import Run, Target
 from .worker import Progress
 
@@ -129,6 +129,8 @@ def convert_all(
     try:
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
+        if source.remote is not None:
+            source.limit_spool(spool_beside([o.plan for o in outputs], folders_of(outputs)))
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
         run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
@@ -218,7 +220,7 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
     """
     plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
     wanted = settings.workers or default_workers()
-    traffic = traffic_of(plans)
+    traffic = traffic_of(plans, folders_of(outputs))
     if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
         held, wanted = traffic.held, settings.workers or 2 * wanted
     found = means(
@@ -226,6 +228,11 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
         settings.stats,
     )  # fmt: skip
     return replace(found, traffic=traffic)
+
+
+def folders_of(outputs: list[Output]) -> list[Path]:
+    """Where outputs go; none where a plan was asked for without."""
+    return [o.dst for o in outputs if o.dst != Path()]
 
 
 def refuse_entangled(folders: list[Path]) -> None:
