@@ -11,13 +11,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamq.checkpoint import Checkpoint
+from streamq.errors import Stopped
 from streamq.planning import Plan
 from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
 from .scheduler import Scheduler
-from .worker import Progress, Stopped, Worker
+from .worker import Progress, Worker
 
 if TYPE_CHECKING:
     from .fleet import Fleet

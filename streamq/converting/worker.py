@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
-from streamq.errors import StreamqError
+from streamq.errors import Stopped, StreamqError
 from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality
@@ -30,10 +30,6 @@ COPY = 16 << 20
 
 #: Told of the bytes of the source that are done, and the name of a tensor; from any thread.
 Progress = Callable[[int, str], None]
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted."""
 
 
 class Worker:
