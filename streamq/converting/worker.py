@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
-from streamq.errors import Stopped, StreamqError
+from streamq.errors import StreamqError
 from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality
@@ -35,7 +34,8 @@ Progress = Callable[[int, str], None]
 class Worker:
     """The buffers of one thread and what it does with them.
 
-    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy.
+    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy. ``heed`` raises
+    once another thread has failed.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Worker:
         source: Checkpoint,
         kernels: ModuleType | None,
         memory: int,
-        stop: threading.Event,
+        heed: Callable[[], None],
         progress: Progress,
     ) -> None:
         self._source = source
         self._kernels: Any = kernels
         self._arena = np.empty(memory, np.uint8)
-        self._stop = stop
+        self._heed = heed
         self._progress = progress
         self._held: list[tuple[str, int, Array]] = []
 
@@ -233,10 +233,6 @@ class Worker:
             n = min(COPY, nbytes - done)
             shard.copy_from(self._source.fd(file), start + done, offset + done, n)
             self._progress(n, name)
-
-    def _heed(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
 
     def _read(self, slab: Slab, into: Array | None = None) -> Array:
         """The values of a slab, as one row; in ``into`` if they are read as they are."""
