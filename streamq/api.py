@@ -116,14 +116,17 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    Raises StreamqError; ``dst`` is then as it was.
+    ``dst`` may be ``hf://org/repo``, see ``Settings.upload``. Raises StreamqError; ``dst`` is then
+    as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
     from streamq.converting import convert as run
+    from streamq.hub import is_hub
     from streamq.planning import make_plan, refuse_overlap
 
-    refuse_overlap(src, dst)
+    if not is_hub(dst):
+        refuse_overlap(src, dst)
     with open_checkpoint(src) as source:
         return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
 

@@ -10,10 +10,11 @@ from .local import (
     INDEX_SUFFIX,
     Checkpoint,
     is_compressed,
+    is_weights,
     open_checkpoint,
 )
 
 __all__ = [
     "COMPRESSED", "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER",
-    "Checkpoint", "is_compressed", "open_checkpoint", "read_header", "read_json",
+    "Checkpoint", "is_compressed", "is_weights", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip

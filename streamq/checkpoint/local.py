@@ -180,6 +180,11 @@ def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> C
     return _open(path, shards, index, config, others, oddities)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or says where they are, by its name."""
+    return name.endswith(_WEIGHT_SUFFIXES)
+
+
 def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``streamq compress`` wrote this directory."""
     return (Path(path) / COMPRESSION).is_file()
@@ -308,6 +313,6 @@ def _other_files(root: Path) -> tuple[list[str], list[str]]:
             path = Path(folder, name)
             if path == root / RECORD:  # of the source; the output has one of its own
                 continue
-            if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
+            if not name.startswith(".") and not is_weights(name) and path.is_file():
                 (elsewhere if leads_out(root, path) else found).append(str(path.relative_to(root)))
     return found, elsewhere

@@ -6,22 +6,22 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from streamq.checkpoint import CONFIG, Checkpoint
-from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
 from streamq.trust import fingerprint
-from streamq.writer import Destination, check_destination, same_disk
+from streamq.writer import Destination, HubDestination, Upload, place_of
 
+from .card import card_of
 from .devices import Means, is_quantized, means
 from .jobs import JOB
 from .origin import identity_of, origin_of
+from .places import Output, check_outputs, destination_of
 from .run import Run, Target
 from .worker import Progress
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 __all__ = [
-    "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
-    "default_workers", "means_of", "repeat",
+    "Means", "Output", "Progress", "Settings", "Summary", "Upload", "check_outputs", "convert",
+    "convert_all", "default_workers", "means_of", "repeat",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,8 @@ class Settings:
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
-    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``upload``: for outputs on the
+    Hub.
     """
 
     workers: int | None = None
@@ -64,14 +65,7 @@ class Settings:
     sha256: bool = False
     device: str = "cpu"
     device_memory: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A plan and the directory that it is carried out to."""
-
-    plan: Plan
-    dst: Path
+    upload: Upload = field(default_factory=Upload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +73,7 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices.
+    run had written. ``remarks``: sentences about devices. ``url``: of the commit on the Hub.
     """
 
     bytes_in: int
@@ -91,6 +85,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    url: str | None = None
 
 
 def default_workers() -> int:
@@ -101,8 +96,8 @@ def default_workers() -> int:
 def convert(
     source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
 ) -> Summary:
-    """Write the checkpoint that ``plan`` describes to the directory ``dst``."""
-    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings)
+    """Write the checkpoint that ``plan`` describes to ``dst``, a directory or ``hf://org/repo``."""
+    (summary,) = convert_all(source, [Output(plan, place_of(dst, settings.upload))], settings)
     return summary
 
 
@@ -118,7 +113,7 @@ def convert_all(
     means = means_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
-    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
+    targets = [destination_of(o, s.overwrite, s.sync, s.sha256) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
     prints = fingerprint(source.root, source.files, source.others)
@@ -134,13 +129,17 @@ def convert_all(
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
+        losses = dict(zip((id(t) for _, t in work), run.measured, strict=True))
         for output, target in pairs:
+            if isinstance(target, HubDestination):
+                quality, _ = losses.get(id(target), (None, 0))
+                target.write_card(card_of(source, output, quality))
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:
             if target.begun and target.partial.exists():
                 e.add_note(
-                    f"{target.dst} was not written; {target.partial} stays, the same command goes "
+                    f"{target.name} was not written; {target.partial} stays, the same command goes "
                     "on from there."
                 )
         raise
@@ -154,7 +153,8 @@ def convert_all(
     backend = means.backend(cpu)
     remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
-    for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
+    for (output, target), before in zip(pairs, resumed, strict=True):
+        plan = output.plan
         ran, (quality, rounded) = (
             ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
         )
@@ -169,6 +169,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                target.url,
             )
         )
     return summaries
@@ -214,31 +215,6 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
         settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
         settings.stats,
     )  # fmt: skip
-
-
-def refuse_entangled(folders: list[Path]) -> None:
-    """Raise PlanError where one output would lie in another, or be built where another is."""
-    taken: list[tuple[Path, Path]] = []
-    for folder in folders:
-        places = [folder.resolve(), folder.with_name(folder.name + ".partial").resolve()]
-        for place in places:
-            for other, of in taken:
-                if place == other or place in other.parents or other in place.parents:
-                    raise PlanError(f"the outputs {of} and {folder} overlap; choose other places.")
-        taken += [(place, folder) for place in places]
-
-
-def check_outputs(outputs: list[Output], overwrite: bool) -> int:
-    """Everything about the destinations that can be known before writing.
-
-    Returns the free bytes of the first. Raises WriteError; those on one disk share it.
-    """
-    refuse_entangled([o.dst for o in outputs])
-    free = []
-    for o in outputs:
-        together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
-        free.append(check_destination(o.dst, together, overwrite))
-    return free[0]
 
 
 def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -> None:

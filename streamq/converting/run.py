@@ -17,6 +17,7 @@ from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
+from .rooms import Rooms, Space
 from .scheduler import Scheduler
 from .worker import Progress, Worker
 
@@ -24,8 +25,24 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 
+class Outlet(Protocol):
+    """Takes complete shards off the disk. ``room``: bytes of them that may be there."""
+
+    room: int
+
+    def watch(self, gone: Callable[[str, BaseException | None], None]) -> None:
+        """Have it told of each shard that is gone, or of the error because of which none will."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a complete shard is on the disk."""
+
+
 class Target(Protocol):
     """Where an output goes: a Destination, or what compares it with one that is there."""
+
+    @property
+    def outlet(self) -> Outlet | None:
+        """What takes shards off the disk; without one all stay there."""
 
     @property
     def goes_on(self) -> bool:
@@ -82,10 +99,21 @@ class Run:
         ]
         self._idle: list[int] = []  # shards of which an earlier run has written all
         self.unmeasured = False  # whether one did that without measuring what weights lose
+        self._lost: BaseException | None = None  # why shards cannot be brought away
+        spaces = [Space(shard.size, i) for i, (plan, _) in enumerate(work) for shard in plan.shards]
+        outlets = [destination.outlet for _, destination in work]
+        rooms = Rooms(spaces, [outlet.room if outlet else None for outlet in outlets])
+        self._scheduler = Scheduler((), len(self._shards), rooms)
+        for i, outlet in enumerate(outlets):
+            if outlet is not None:
+                outlet.watch(partial(self._gone, {
+                    shard.name: number for number, (shard, _, _) in enumerate(self._shards)
+                    if spaces[number].owner == i
+                }))  # fmt: skip
         jobs = list(jobs_of([plan.shards for plan, _ in work]))
         if any(destination.goes_on for _, destination in work):
             jobs = self._left_of(jobs)
-        self._scheduler = Scheduler(jobs, len(self._shards))
+        self._scheduler.add(jobs)
         self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
 
@@ -110,6 +138,8 @@ class Run:
         finally:
             for sink in self._sinks.values():
                 sink.shard.abandon()
+        if self._lost is not None:
+            raise self._lost
         return kernels
 
     def _left_of(self, jobs: list[Job]) -> list[Job]:
@@ -141,7 +171,20 @@ class Run:
             for number, (shard, destination, _) in enumerate(self._shards)
             if number not in busy and not destination.is_complete(shard.name)
         ]
+        for number, (shard, destination, _) in enumerate(self._shards):
+            if done[number] and (outlet := destination.outlet):
+                self._scheduler.occupied(number)
+                if destination.is_complete(shard.name) and not outlet.holds(shard.name):
+                    self._scheduler.freed(number)
         return left
+
+    def _gone(self, numbers: dict[str, int], name: str, error: BaseException | None) -> None:
+        """A shard is off the disk, or it and others cannot be brought away."""
+        if error is not None:
+            self._lost = error
+            self._scheduler.stop()
+        elif name in numbers:
+            self._scheduler.freed(numbers[name])
 
     def _close(self, number: int) -> None:
         """Close a shard of which all is written."""

@@ -27,12 +27,16 @@ class Scheduler:
         self._running = 0
         self._ready: list[deque[Job]] = [deque() for _ in range(count)]
         self._left = [0] * count
-        for job in jobs:
-            self._ready[job.shards[0]].append(job)
-            self._count(job, 1)
         self._homes: dict[int, int] = {}
         self._changed = threading.Condition()
         self._stopped = False
+        self.add(jobs)
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        """Take in jobs, before any is handed out."""
+        for job in jobs:
+            self._ready[job.shards[0]].append(job)
+            self._count(job, 1)
 
     def _count(self, job: Job, by: int) -> None:
         for shard in set(job.shards):
@@ -68,6 +72,11 @@ class Scheduler:
             self._count(job, -1)
             self._changed.notify_all()
             return [shard for shard in set(job.shards) if self._left[shard] == 0]
+
+    def occupied(self, shard: int) -> None:
+        """Note that a shard is on the disk from an earlier run."""
+        with self._changed:
+            self._rooms.take(shard)
 
     def freed(self, shard: int) -> None:
         """Note that a shard is gone from the disk."""

@@ -5,9 +5,10 @@ huggingface_hub is imported by the functions that talk to the Hub and not before
 """
 
 from .address import HubPath, is_hub, parse_hub
+from .branch import MAIN, Branch, Sum
 from .client import Stop, api, endpoint, patiently, pause_before, translated
 
 __all__ = [
-    "HubPath", "Stop", "api", "endpoint", "is_hub", "parse_hub", "patiently", "pause_before",
-    "translated",
+    "MAIN", "Branch", "HubPath", "Stop", "Sum", "api", "endpoint", "is_hub", "parse_hub",
+    "patiently", "pause_before", "translated",
 ]  # fmt: skip

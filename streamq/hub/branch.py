@@ -44,17 +44,13 @@ class Found(NamedTuple):
 
 
 class Branch:
-    """A branch of a model repository that gets the files of one output, and who may see it.
-
-    ``url``: of the commit or the pull request, once there is one. Raises HubError.
-    """
+    """A branch of a model repository that gets the files of one output. Raises HubError."""
 
     def __init__(
         self, path: HubPath, branch: str = MAIN, private: bool = False, create_pr: bool = False
     ) -> None:
         self.path, self.branch = path, branch
         self.private, self.create_pr = private, create_pr
-        self.url: str | None = None
         self._api = api()
         self._found: Found | None = None
         self._fresh = False  # whether the branch has to be made, of the head that was found
@@ -62,11 +58,6 @@ class Branch:
 
     def __str__(self) -> str:
         return str(self.path if self.branch == MAIN else self.path._replace(revision=self.branch))
-
-    @property
-    def exists(self) -> bool:
-        """Whether the repository was there when it was checked."""
-        return self._found is not None
 
     def look(self, branch: str) -> Found | None:
         """What is in a branch or a pull request; None where there is none."""
@@ -102,7 +93,8 @@ class Branch:
         """Everything that can be known before the first byte; asks the Hub once.
 
         ``names``: of the files to come. ``is_stale``: of which others would have to go.
-        ``made``: a file that only this output has, where an earlier run got that far. Raises HubError where they are in the way without ``overwrite``.
+        ``made``: a file that only this output has, where an earlier run got that far. Raises
+        HubError where they are in the way without ``overwrite``.
         """
         if self._checked:
             return

@@ -25,10 +25,12 @@ class Destination:
     """The directory ``DST``, built in ``DST.partial/output``, with a journal beside it.
 
     ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
-    ``outlet``: what takes complete shards off the disk, where they go on from there.
+    ``outlet``: what takes complete shards off the disk, where they go on from there, and then
+    ``url``: where the output is in the end.
     """
 
     outlet: Uploader | None = None
+    url: str | None = None
 
     def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
         self.dst = dst

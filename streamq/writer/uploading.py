@@ -15,6 +15,7 @@ from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, record_text
 
 from .destination import Destination, free_bytes
+from .shard import TEMPORARY
 from .uploader import UPLOADS, Uploader
 
 #: Shards, as large as the largest, that may be on the disk: two going up, one being made.
@@ -63,6 +64,13 @@ class HubDestination(Destination):
         for name in state.done.keys() - state.sent:
             self.outlet.put(name, state.done[name].sums.size)
 
+    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
+        """See there; a file of which nothing counts takes no room on the disk either."""
+        found = super().finished(name, size, units)
+        if units and not found:
+            (self.output / (name + TEMPORARY)).unlink(missing_ok=True)
+        return found
+
     def _sum(self, name: str) -> Sum:
         sums = self.files[name] if name in self.files else self.state.done[name].sums
         assert sums.sha256 is not None
@@ -109,8 +117,7 @@ class HubDestination(Destination):
             for path in sorted(self.output.rglob("*")) if path.is_file()
         }  # fmt: skip
         stored = {name: self._sum(name) for name in sorted(self.state.sent)}
-        url = self.branch.commit(files, stored, self._is_stale, self._message)
-        self.branch.url = url
+        self.url = self.branch.commit(files, stored, self._is_stale, self._message)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
