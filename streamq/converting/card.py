@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from math import isinf
 
 from streamq.checkpoint import Checkpoint
+from streamq.hub import is_hub, parse_hub
 from streamq.hub.card import card_text, is_model, metadata_of
 from streamq.planning import Plan, format_name, numbers_text
 from streamq.quality import Quality
@@ -111,6 +112,8 @@ def _base_model(source: Checkpoint, place: HubPlace) -> str | None:
     """What the source is called on the Hub, where anybody says so."""
     if place.upload.base_model is not None:
         return place.upload.base_model
+    if is_hub(source.place):
+        return parse_hub(source.place).repo
     name = source.config.get("_name_or_path")
     return str(name) if is_model(name) else None
 

@@ -17,6 +17,7 @@ from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
+from .reads import as_they_lie, reads, with_released
 from .rooms import Rooms, Space
 from .scheduler import Scheduler
 from .worker import Progress, Worker
@@ -35,6 +36,9 @@ class Outlet(Protocol):
 
     def holds(self, name: str) -> bool:
         """Whether a complete shard is on the disk."""
+
+    def make_room(self, size: int) -> None:
+        """Wait until there is room for a shard of ``size`` bytes."""
 
 
 class Target(Protocol):
@@ -113,6 +117,9 @@ class Run:
         jobs = list(jobs_of([plan.shards for plan, _ in work]))
         if any(destination.goes_on for _, destination in work):
             jobs = self._left_of(jobs)
+        if source.remote is not None:
+            jobs = as_they_lie(jobs)
+            source.expect(map(reads, with_released(jobs)))
         self._scheduler.add(jobs)
         self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
@@ -202,7 +209,8 @@ class Run:
         worker = self._hire(number, kernels)
         try:
             while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
-                released = job.run(worker, self._sink)
+                with self._source.reading(partial(reads, job), self._crew.stop):
+                    released = job.run(worker, self._sink)
                 for shard in self._scheduler.done(job, released):
                     self._crew.close(partial(self._close, shard))
         finally:

@@ -6,9 +6,11 @@ huggingface_hub is imported by the functions that talk to the Hub and not before
 
 from .address import HubPath, is_hub, parse_hub
 from .branch import MAIN, Branch, Sum
-from .client import Stop, api, endpoint, patiently, pause_before, translated
+from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
+from .repository import Repository
 
 __all__ = [
-    "MAIN", "Branch", "HubPath", "Stop", "Sum", "api", "endpoint", "is_hub", "parse_hub",
+    "MAIN", "Again", "Branch", "HubPath", "Repository", "Stop", "Sum", "api", "endpoint", "is_hub",
+    "parse_hub",
     "patiently", "pause_before", "translated",
 ]  # fmt: skip

@@ -94,8 +94,6 @@ class HubDestination(Destination):
         """Copy a file of the source, but for its card: the output has one of its own."""
         if name == CARD:
             return
-        if keep and not self.is_complete(name):
-            self.outlet.make_room(source.stat().st_size)
         super().copy_file(source, name, keep)
 
     def write_card(self, text: str) -> None:
