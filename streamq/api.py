@@ -122,11 +122,9 @@ def convert(
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
     from streamq.converting import convert as run
-    from streamq.hub import is_hub
     from streamq.planning import make_plan, refuse_overlap
 
-    if not is_hub(dst):
-        refuse_overlap(src, dst)
+    refuse_overlap(src, dst)
     with open_checkpoint(src) as source:
         return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
 

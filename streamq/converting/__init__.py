@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from streamq.checkpoint import SPOOL, Checkpoint
+from streamq.hub import Committed
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
@@ -76,7 +77,8 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices. ``url``: of the commit on the Hub.
+    run had written. ``remarks``: sentences about devices. ``committed``: where an output is
+    on the Hub.
     """
 
     bytes_in: int
@@ -88,7 +90,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
-    url: str | None = None
+    committed: Committed | None = None
 
 
 def default_workers() -> int:
@@ -172,7 +174,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
-                target.url,
+                target.committed,
             )
         )
     return summaries
