@@ -137,6 +137,8 @@ def convert_all(
         losses = dict(zip((id(t) for _, t in work), run.measured, strict=True))
         for output, target in pairs:
             if isinstance(target, HubDestination):
+                if count := target.outlet.left:
+                    _say(s, f"{target.name}: {count} converted shards are on their way there")
                 quality, _ = losses.get(id(target), (None, 0))
                 target.write_card(card_of(source, output, quality))
             target.commit(origin_of(output.plan, prints))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streamq.errors import HubError
 
@@ -14,6 +14,8 @@ from .client import Stop, api, endpoint, patiently, pause_before
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, ModelInfo
+
+T = TypeVar("T")
 
 MAIN = "main"
 #: Seconds without a byte, or until an answer, after which a connection counts as dead;
@@ -197,24 +199,18 @@ class Branch:
         from huggingface_hub import CommitOperationAdd
 
         def send() -> bool:
-            limit_time()
             op = CommitOperationAdd(name, str(path))
             op.upload_info.sha256 = bytes.fromhex(known.sha256)
-            try:
-                self._api.preupload_lfs_files(
-                    self.path.repo, [op], revision=MAIN if self._fresh else self.branch,
-                    create_pr=self.create_pr, free_memory=False,
-                )  # fmt: skip
-            except RuntimeError as e:  # around what went wrong with the bytes
-                if not isinstance(e.__cause__, Exception):
-                    raise
-                raise e.__cause__ from None
+            self._api.preupload_lfs_files(
+                self.path.repo, [op], revision=MAIN if self._fresh else self.branch,
+                create_pr=self.create_pr, free_memory=False,
+            )  # fmt: skip
             return op._is_uploaded
 
         tries = 0
         while True:
             try:
-                return patiently(send, f"{self}: {name}", stop)
+                return patiently(lambda: sending(send), f"{self}: {name}", stop)
             except HubError as e:
                 tries += 1
                 response = getattr(e.__cause__, "response", None)
@@ -246,7 +242,7 @@ class Branch:
         done = self._done(self._found, is_whole, message)
         while done is None:
             try:
-                return self._send(files, stored, stale, head, message)
+                return sending(lambda: self._send(files, stored, stale, head, message))
             except Exception as e:  # also where the answer alone was lost
                 now = self.look(self.branch)
                 done = self._done(now, is_whole, message)
@@ -290,7 +286,6 @@ class Branch:
     ) -> Committed:  # fmt: skip
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        limit_time()
         info = self._api.create_commit(
             self.path.repo,
             [
@@ -335,13 +330,24 @@ def _ids_of(path: Path) -> set[str]:
     return {of.hexdigest() for of in found}
 
 
-def limit_time() -> None:
-    """Give the connections of huggingface_hub a limit, unless somebody has set one.
-
-    Before each use, as it makes a new session after some errors.
+def sending(call: Callable[[], T]) -> T:
+    """The result of what sends files: with Xet where huggingface_hub has it, over LFS once that
+    has failed. Connections get a limit, unless somebody has set one.
     """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session
 
-    session = get_session()
+    session = get_session()  # another one after some errors
     if session.timeout.read is None:
         session.timeout = TIMEOUT
+    over_xet = not constants.HF_HUB_DISABLE_XET
+    try:
+        return call()
+    except Exception as e:
+        if isinstance(e, RuntimeError) and isinstance(e.__cause__, Exception):
+            raise e.__cause__ from None  # what went wrong with the bytes over LFS
+        if isinstance(e, HfHubHTTPError.__bases__[0]) or not over_xet:
+            raise
+        constants.HF_HUB_DISABLE_XET = True  # a Hub, or a way there, without it
+        return sending(call)
