@@ -14,11 +14,13 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    open_source,
     options_of,
     quiet_option,
     resumed_options,
     scheme_options,
     settings_of,
+    source_options,
 )
 from .report import of_conversion, report_option
 from .upload import places_of, upload_options
@@ -90,6 +92,7 @@ _to = click.option(
 @scheme_options
 @target_options
 @device_options
+@source_options
 @upload_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
@@ -102,12 +105,11 @@ def plan(src: str, dst: str | None, **o: Any) -> None:
 
 def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import means_of
     from streamq.writer import free_bytes
 
     places = places_of(src, wanted, o)
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = means_of(outputs, settings_of(o))
         free = [
@@ -127,6 +129,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @scheme_options
 @target_options
 @device_options
+@source_options
 @_to
 @dry_run_option
 @resumed_options
@@ -137,13 +140,14 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
 
-    SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
-    already. DST appears when it is complete; until then the work is in DST.partial, and the same
+    SRC is a directory with safetensors shards, one safetensors file, or hf://org/repo[@revision]
+    with a folder behind it if need be; it may be quantized already.
+
+    DST appears when it is complete; until then the work is in DST.partial, and the same
     command goes on there where it was interrupted. A DST hf://org/repo is a repository on the Hub:
     shards are uploaded as they are complete, and one commit shows them all (docs/hub.md).
     """
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import check_outputs, convert_all, means_of
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
@@ -165,7 +169,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     places = places_of(src, wanted, o)
     for w in wanted:
         refuse_overlap(src, w.dst or "")
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = means_of(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])

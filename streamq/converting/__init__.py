@@ -77,8 +77,9 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices. ``committed``: where an output is
-    on the Hub.
+    run had written. ``remarks``: sentences about devices. ``downloaded``: bytes that came from
+    the Hub, for all outputs together; None for a source on this machine. ``committed``: where an
+    output on the Hub is.
     """
 
     bytes_in: int
@@ -90,6 +91,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    downloaded: int | None = None
     committed: Committed | None = None
 
 
@@ -176,6 +178,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                None if source.remote is None else source.received,
                 target.committed,
             )
         )
