@@ -1,5 +1,6 @@
 """Outputs on the Hub: byte for byte what a local run writes, whatever the way there is like."""
 
+import json
 import os
 import shutil
 import signal
@@ -149,7 +150,7 @@ FAULTS = {
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
 @pytest.mark.parametrize("faults", FAULTS)
 def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts, monkeypatch):
-    monkeypatch.setattr("streamq.hub.branch.TIMEOUT", 0.5)
+    monkeypatch.setattr("streamq.hub.files.TIMEOUT", 0.5)
     if parts:
         hub.uploads.part = 10_000
     hub.faults = [make() for make in FAULTS[faults]]
@@ -208,6 +209,45 @@ def test_a_source_that_is_what_is_wanted_is_copied(hub, source, work, tmp_path):
     card = hub.uploads.files(REPO)["README.md"].decode()
     assert "license: mit" in card
     assert "Somebody" not in card
+
+
+@pytest.mark.parametrize("faults", [None, failing(0.05, seed=3)], ids=["", "5% fail"])
+def test_from_the_hub_to_the_hub(hub, source, wanted, work, tmp_path, faults):
+    hub.commit_folder("them/model", source)
+    hub.faults = [faults] if faults else []
+    convert("hf://them/model", work)
+    hub.faults = []
+    streamq.convert("hf://them/model", tmp_path / "out", "fp8_dynamic")
+    assert output_of(hub) == contents(tmp_path / "out")
+    assert {n: d for n, d in output_of(hub).items() if n != "streamq.json"} == {
+        n: d for n, d in wanted.items() if n != "streamq.json"
+    }
+    card = huggingface_hub.ModelCard(hub.uploads.files(REPO)["README.md"].decode())
+    assert card.data.base_model == "them/model"
+
+
+def test_a_source_on_the_hub_is_copied(hub, source, wanted, work, tmp_path):
+    hub.commit("them/fp8", {n: d for n, d in wanted.items() if n != "streamq.json"})
+    convert("hf://them/fp8", work, max_disk=30_000)
+    names = wanted.keys() - {"streamq.json"}
+    assert {name: output_of(hub)[name] for name in names} == {n: wanted[n] for n in names}
+
+
+def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
+    page = tmp_path / "report.json"
+    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "--report", page]
+    ran = CliRunner().invoke(cli, list(map(str, args)))
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(page.read_text())["total"]["sqnr_db"] > 20
+    assert "What the weights lost" in hub.uploads.files(REPO)["README.md"].decode()
+
+
+@pytest.mark.parametrize("verb", ["reindex", "compress"])
+def test_other_commands_write_to_directories(hub, source, verb):
+    ran = CliRunner().invoke(cli, [verb, str(source), DST])
+    assert ran.exit_code == 2
+    assert "only `streamq convert` writes to the Hub" in ran.output
+    assert not Path("hf:").exists()
 
 
 def test_what_was_downloaded_verifies(hub, source, work, tmp_path):
@@ -384,18 +424,20 @@ def at_request(number, matches):
     return fault
 
 
-KILLS = {  # where, and how many shards go up once more at most
-    "in the first file": (1, lambda x: x.command == "PUT", 0),
-    "in the fourth file": (4, lambda x: x.command == "PUT", 0),
-    "at the verification of a file": (3, lambda x: x.path.endswith("/verify"), 0),
-    "before the commit": (1, lambda x: "/commit/" in x.path, 0),
+KILLS = {  # at which request, and whether the Hub forgets what is not committed
+    "in the first file": (1, lambda x: x.command == "PUT", False),
+    "in the fourth file": (4, lambda x: x.command == "PUT", False),
+    "in the fourth file, forgotten": (4, lambda x: x.command == "PUT", True),
+    "at the verification of a file": (3, lambda x: x.path.endswith("/verify"), False),
+    "before the commit": (1, lambda x: "/commit/" in x.path, False),
+    "before the commit, forgotten": (1, lambda x: "/commit/" in x.path, True),
 }
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["", "and the Hub forgets"])
 @pytest.mark.parametrize("where", KILLS)
-def test_killed(hub, source, wanted, work, where, forgets):
-    number, matches, again = KILLS[where]
+def test_killed(hub, source, wanted, work, where):
+    """No shard that was stored is made or goes up again, unless the Hub has lost it."""
+    number, matches, forgets = KILLS[where]
     fault = at_request(number, matches)
     hub.faults = [fault]
     child = started(hub, source, work)
@@ -414,7 +456,7 @@ def test_killed(hub, source, wanted, work, where, forgets):
     assert output_of(hub) == wanted
     assert is_empty(work)
     twice = len(hub.uploads.uploaded) - len(set(hub.uploads.uploaded))
-    assert twice == (len(before) if forgets else again)
+    assert twice == (len(before) if forgets else 0)
     assert "resuming hf://acme/tiny-fp8: " in said or number == 1
 
 

@@ -5,34 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamq.errors import HubError
 
 from .address import HubPath
 from .client import Stop, api, endpoint, patiently, pause_before
+from .files import TIMEOUT, Sum, ids_of, sending, uploaded
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, ModelInfo
-
-T = TypeVar("T")
+    from huggingface_hub import ModelInfo
 
 MAIN = "main"
-#: Seconds without a byte, or until an answer, after which a connection counts as dead;
-#: huggingface_hub sets no limit for uploads. Storage takes long to put large files together.
-TIMEOUT = 120.0
 #: Tries of an upload that storage refused, as it does signed addresses that have expired; each
 #: asks for another address.
 TRIES = 5
 #: Most objects of one question; huggingface_hub asks for as many at a time.
 _BATCH = 256
-
-
-class Sum(NamedTuple):
-    """What a stored file is known by: ``sha256`` in hexadecimal, ``size`` in bytes."""
-
-    sha256: str
-    size: int
 
 
 class Found(NamedTuple):
@@ -114,7 +103,7 @@ class Branch:
                 raise HubError(
                     f"{self}: is public; make it private in its settings, or leave out --private."
                 )
-            ours = made.exists() and found.files.get(made.name) in _ids_of(made)
+            ours = made.exists() and found.files.get(made.name) in ids_of(made)
             there = [f for f in found.files if f in names or is_stale(f)]
             if there and not (self._fresh or overwrite or ours):
                 more = f" and {len(there) - 3} more" if len(there) > 3 else ""
@@ -231,7 +220,7 @@ class Branch:
         if self._fresh:
             self._make_branch(head)
         wanted = {name: {s.sha256} for name, s in stored.items()}
-        wanted |= {name: _ids_of(path) for name, path in files.items()}
+        wanted |= {name: ids_of(path) for name, path in files.items()}
 
         def is_whole(found: Found) -> bool:
             there = {f for f in found.files if f in wanted or is_stale(f)}
@@ -291,7 +280,7 @@ class Branch:
             [
                 *(CommitOperationDelete(name) for name in stale),
                 *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
-                *(_uploaded(name, s) for name, s in stored.items()),
+                *(uploaded(name, s) for name, s in stored.items()),
             ],
             commit_message=message, revision=self.branch, create_pr=self.create_pr,
             parent_commit=head,
@@ -305,49 +294,3 @@ class Branch:
             ),
             str(self),
         )
-
-
-def _uploaded(name: str, known: Sum) -> CommitOperationAdd:
-    """What ``preupload_lfs_files`` leaves of a file, without the file."""
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
-
-    op = CommitOperationAdd(name, b"")
-    op.upload_info = UploadInfo(known.size, b"", bytes.fromhex(known.sha256))
-    op._upload_mode, op._is_uploaded, op._should_ignore = "lfs", True, False
-    return op
-
-
-def _ids_of(path: Path) -> set[str]:
-    """What the Hub may call a file: by git, the sha1 of "blob SIZE", a zero and the contents; by
-    their sha256 where they are stored elsewhere.
-    """
-    found = hashlib.sha1(b"blob %d\0" % path.stat().st_size), hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            for of in found:
-                of.update(piece)
-    return {of.hexdigest() for of in found}
-
-
-def sending(call: Callable[[], T]) -> T:
-    """The result of what sends files: with Xet where huggingface_hub has it, over LFS once that
-    has failed. Connections get a limit, unless somebody has set one.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session
-
-    session = get_session()  # another one after some errors
-    if session.timeout.read is None:
-        session.timeout = TIMEOUT
-    over_xet = not constants.HF_HUB_DISABLE_XET
-    try:
-        return call()
-    except Exception as e:
-        if isinstance(e, RuntimeError) and isinstance(e.__cause__, Exception):
-            raise e.__cause__ from None  # what went wrong with the bytes over LFS
-        if isinstance(e, HfHubHTTPError.__bases__[0]) or not over_xet:
-            raise
-        constants.HF_HUB_DISABLE_XET = True  # a Hub, or a way there, without it
-        return sending(call)

@@ -33,10 +33,9 @@ def card_text(
     """
     from huggingface_hub import ModelCardData
 
-    relation = {"base_model_relation": "quantized"} if base_model else {}
-    data = ModelCardData(
-        base_model=base_model, library_name=library, tags=list(tags), **kept, **relation
-    )
+    if base_model:
+        kept = {**kept, "base_model_relation": "quantized"}
+    data = ModelCardData(base_model=base_model, library_name=library, tags=list(tags), **kept)
     return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
 
 
