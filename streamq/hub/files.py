@@ -51,9 +51,8 @@ def sending(call: Callable[[], T]) -> T:
     """The result of what sends files: with Xet where huggingface_hub has it, over LFS once that
     has failed. Connections get a limit, unless somebody has set one.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session
 
     session = get_session()  # another one after some errors
     if session.timeout.read is None:
