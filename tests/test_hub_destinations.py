@@ -1,5 +1,6 @@
 """Outputs on the Hub: byte for byte what a local run writes, whatever the way there is like."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from click.testing import CliRunner
 from helpers import write_checkpoint
 from hub_stand_in import HubStandIn, failing, stalling
 from hub_uploads import Uploads
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session
+from xet_stand_in import Xet
 
 import streamq
 from streamq.cli import cli
@@ -161,6 +163,19 @@ def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts
     assert summary.committed.url == f"{hub.url}/{REPO}/commit/{hub.repos[REPO].branches['main']}"
     assert len(hub.uploads.uploaded) == SHARDS
     assert is_empty(work)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "a Hub without it"])
+def test_over_xet(hub, source, wanted, work, known, monkeypatch):
+    """As the Hub has it by default; without ``hf_xet`` installed it goes over LFS here, too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    xet = Xet(hub.uploads) if known else None
+    convert(source, work)
+    assert output_of(hub) == wanted
+    assert len(hub.uploads.messages) == 1
+    if importlib.util.find_spec("hf_xet"):
+        assert (hub.uploads.put == 0) == known
+        assert xet is None or xet.received > 0
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, work):
