@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from streamq.checkpoint import Checkpoint
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -199,7 +201,7 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     )  # fmt: skip
 
 
-def open_source(src: str, **how: Any) -> Checkpoint:
+def open_source(src: str | Path, **how: Any) -> Checkpoint:
     """Open a source, which may be on the Hub, as the options of the command say."""
     from streamq.checkpoint import open_checkpoint
 
