@@ -142,7 +142,8 @@ def convert_all(
                 if count := target.outlet.left:
                     _say(s, f"{target.name}: {count} converted shards are on their way there")
                 quality, _ = losses.get(id(target), (None, 0))
-                target.write_card(card_of(source, output, quality))
+                # Figures of some of the weights are none of the model.
+                target.write_card(card_of(source, output, None if run.unmeasured else quality))
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:
