@@ -24,7 +24,7 @@ from .finish import finish
 from .jobs import JOB
 from .origin import identity_of, origin_of
 from .places import Output, check_outputs, destination_of
-from .reads import traffic_of
+from .reads import spool_beside, traffic_of
 from .run import Run, Target
 from .worker import Progress
 
@@ -127,6 +127,8 @@ def convert_all(
     try:
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
+        if source.remote is not None:
+            source.limit_spool(spool_beside([o.plan for o in outputs], folders_of(outputs)))
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
         run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
@@ -225,7 +227,7 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
     """
     plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
     wanted = settings.workers or default_workers()
-    traffic = traffic_of(plans)
+    traffic = traffic_of(plans, folders_of(outputs))
     if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
         held, wanted = traffic.held, settings.workers or 2 * wanted
     found = means(
@@ -234,6 +236,14 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
     )  # fmt: skip
     uploads = upload_memory() if any(isinstance(o.dst, HubPlace) for o in outputs) else 0
     return replace(found, traffic=traffic, uploads=uploads)
+
+
+def folders_of(outputs: list[Output]) -> list[tuple[Path, int]]:
+    """Where outputs lie on the disk, and the bytes that each takes there at most.
+
+    None where a plan was asked for without.
+    """
+    return [(o.folder, o.disk_needed) for o in outputs if o.dst != Path()]
 
 
 def _load_kernels(
