@@ -77,6 +77,7 @@ def hub(tmp_path, monkeypatch):
         stand_in.uploads = Uploads(stand_in)
         for name, value in {
             "HF_ENDPOINT": stand_in.url, "HF_TOKEN": "acme", "HF_HOME": str(tmp_path / "hf"),
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "20ms",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -182,6 +183,18 @@ def test_over_xet(hub, source, wanted, work, known, monkeypatch):
     if importlib.util.find_spec("hf_xet"):
         assert (hub.uploads.put == 0) == known
         assert xet is None or xet.received > 0
+
+
+def test_over_xet_where_requests_fail(hub, source, wanted, work, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    xet = Xet(hub.uploads)
+    hub.faults = [
+        failing(where="cdn/v1/xorbs/.*", times=2), failing(where="cdn/v1/shards", times=2),
+        failing(0.05, seed=1),
+    ]  # fmt: skip
+    convert(source, work)
+    assert output_of(hub) == wanted
+    assert xet.received or not importlib.util.find_spec("hf_xet")
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, work):
