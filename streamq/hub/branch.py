@@ -170,7 +170,7 @@ class Branch:
         """Of which files, by their sha256, the Hub has stored the bytes for this repository."""
         from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-        infos = [UploadInfo(s.size, b"", bytes.fromhex(s.sha256)) for s in sums]
+        infos = [UploadInfo(size=s.size, sample=b"", sha256=bytes.fromhex(s.sha256)) for s in sums]
         found: set[str] = set()
         for at in range(0, len(infos), _BATCH):
 
