@@ -43,7 +43,7 @@ def with_released(jobs: Iterable[Job]) -> Iterator[Job]:
                 yield from job.then
 
 
-def traffic_of(plans: Sequence[Plan], folders: Sequence[Path] = ()) -> Traffic | None:
+def traffic_of(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]] = ()) -> Traffic | None:
     """What carrying out some plans for one source will download; None where it is here.
 
     ``folders``: where their outputs go, as ``spool_beside`` has them.
@@ -62,13 +62,16 @@ def traffic_of(plans: Sequence[Plan], folders: Sequence[Path] = ()) -> Traffic |
     return found
 
 
-def spool_beside(plans: Sequence[Plan], folders: Sequence[Path]) -> int:
-    """Blocks that the spool of a remote source may hold where outputs are on the same disk."""
+def spool_beside(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]]) -> int:
+    """Blocks that the spool of a remote source may hold where outputs are on the same disk.
+
+    ``folders``: where they go, with the bytes that each of them takes there.
+    """
     remote = plans[0].remote
     assert remote is not None
     place = remote.folder / "spool"
-    near = [(p, f) for p, f in zip(plans, folders, strict=False) if same_disk(f, place)]
+    near = [(folder, need) for folder, need in folders if same_disk(folder, place)]
     if not near:
         return remote.slots
-    left = free_bytes(near[0][1]) - sum(plan.disk_needed for plan, _ in near)
+    left = free_bytes(near[0][0]) - sum(need for _, need in near)
     return max(0, min(remote.slots, left // BLOCK))

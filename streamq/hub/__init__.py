@@ -5,10 +5,12 @@ only they need: runs on local files do not pay for it.
 """
 
 from .address import HubPath, is_hub, parse_hub
+from .branch import MAIN, Branch, Committed
 from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
+from .files import Sum, upload_memory
 from .repository import Repository
 
 __all__ = [
-    "Again", "HubPath", "Repository", "Stop", "api", "endpoint", "is_hub", "parse_hub",
-    "patiently", "pause_before", "translated",
+    "MAIN", "Again", "Branch", "Committed", "HubPath", "Repository", "Stop", "Sum", "api",
+    "endpoint", "is_hub", "parse_hub", "patiently", "pause_before", "translated", "upload_memory",
 ]  # fmt: skip
