@@ -13,6 +13,20 @@ from streamq.errors import PlanError
 #: How deep a file may be nested.
 MAX_NESTED = 16
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def bytes_of(text: str) -> int:
+    """Bytes from a number with a unit: 512MiB, 5GB, 1.5GiB. Raises ValueError for anything else."""
+    short = text.strip().lower().removesuffix("b")
+    number = short.rstrip("kmgti")
+    unit = _UNITS.get(short[len(number) :])
+    size = float(number) * unit if unit else 0
+    if not 1 <= size < 2**63:
+        raise ValueError(text)
+    return int(size)
+
 
 def read_table(given: str | os.PathLike[str], what: str, most: int) -> Mapping[str, Any]:
     """The table in a file: ``.yaml`` and ``.yml`` are YAML, all else TOML.
@@ -116,6 +130,25 @@ class Table:
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise PlanError(f"{self.where}: {key} must be a number, got {value!r}.")
         return value
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; () where it is absent."""
+        value = self._found.pop(key, [])
+        if not isinstance(value, list) or not all(type(v) is int for v in value):
+            raise PlanError(f"{self.where}: {key} must be a list of whole numbers, got {value!r}.")
+        return tuple(value)
+
+    def size(self, key: str) -> int | None:
+        """Bytes: a whole number, or a text such as "5GB"; None where it is absent."""
+        value = self._found.pop(key, None)
+        if value is None:
+            return None
+        try:
+            return bytes_of(str(value) if type(value) is int else value)
+        except (AttributeError, ValueError):
+            raise PlanError(
+                f"{self.where}: {key} must be a size like 512MiB or 5GB, got {value!r}."
+            ) from None
 
     def flag(self, key: str) -> bool | None:
         """True or false; None where it is absent."""

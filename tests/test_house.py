@@ -15,8 +15,8 @@ PACKAGES = {"streamq": ROOT / "streamq", "streamq.kernels": ROOT / "kernels"}
 # Imports go down only; rooms on one floor do not see each other.
 FLOORS = [
     {"errors"},
-    {"crew", "tensors"},
-    {"schemes", "tables", "trust"},
+    {"crew", "tables", "tensors"},
+    {"schemes", "trust"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "pipeline", "quality", "recipe", "views"},
     {"stored"},

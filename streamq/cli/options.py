@@ -7,23 +7,16 @@ from typing import Any
 
 import click
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-
-
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Bytes from a number with a unit: 512MiB, 5GB, 1.5GiB. Anything else is wrong usage."""
     if value is None:
         return None
-    text = value.strip().lower().removesuffix("b")
-    number = text.rstrip("kmgti")
+    from streamq.tables import bytes_of
+
     try:
-        size = float(number) * _UNITS[text[len(number) :]]
-    except (KeyError, ValueError):
+        return bytes_of(value)
+    except ValueError:
         raise click.BadParameter(f"{value!r} is not a size like 512MiB or 5GB") from None
-    if not 1 <= size < 2**63:
-        raise click.BadParameter(f"{value!r} is out of range")
-    return int(size)
 
 
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
