@@ -17,6 +17,7 @@ FLOORS = [
     {"errors"},
     {"crew", "tables", "tensors"},
     {"schemes", "trust"},
+    {"hub"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "pipeline", "quality", "recipe", "views"},
     {"stored"},
