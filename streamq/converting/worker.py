@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from streamq.checkpoint import Checkpoint
-from streamq.errors import Stopped, StreamqError
+from streamq.errors import StreamqError
 from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
 from streamq.quality import Quality

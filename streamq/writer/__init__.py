@@ -6,12 +6,19 @@ Order of a directory: all of it in ``DST.partial``, index and config last, fsync
 after it is there, so that a run goes on where another was interrupted.
 """
 
-from .destination import Destination, check_destination, free_bytes, same_disk
+from .destination import (
+    Destination,
+    check_destination,
+    existing_parent,
+    free_bytes,
+    partial_bytes,
+    same_disk,
+)
 from .growing import GrowingShard
 from .header import build_header, quoted
 from .shard import ShardWriter, Unit, joined
 
 __all__ = [
     "Destination", "GrowingShard", "ShardWriter", "Unit", "build_header", "check_destination",
-    "free_bytes", "joined", "quoted", "same_disk",
+    "existing_parent", "free_bytes", "joined", "partial_bytes", "quoted", "same_disk",
 ]  # fmt: skip

@@ -1,0 +1,152 @@
+"""What each job would do, before any byte is written; and which of them are done already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamq.api import options
+from streamq.checkpoint import Checkpoint, open_checkpoint
+from streamq.converting import Settings
+from streamq.converting.origin import origin_of
+from streamq.errors import PlanError, StreamqError
+from streamq.hub import is_hub
+from streamq.planning import Plan, make_plan
+from streamq.show.plans import format_of
+from streamq.trust import RECORD, fingerprint, parse_record
+from streamq.writer import check_destination
+
+from .jobs import Job
+from .state import Known, State, asked_of, hash_of, record_of
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job that is to be done. Sizes in bytes.
+
+    ``disk``: what the output needs there. ``memory``: the buffers of one thread, the least that
+    the conversion works with. ``known``: what the state will say when it has begun.
+    """
+
+    job: Job
+    scheme: str
+    format: str
+    bytes_in: int
+    bytes_out: int
+    disk: int
+    memory: int
+    quantized: int
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    known: Known
+
+    def to_json(self) -> dict[str, Any]:
+        """What there is to say of the plan."""
+        return {
+            "dst": self.job.dst, "scheme": self.scheme, "format": self.format,
+            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "disk_needed": self.disk,
+            "buffers": self.memory, "quantized": self.quantized,
+            "warnings": list(self.warnings), "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A job that an earlier run has done; ``result``: what it said then."""
+
+    job: Job
+    result: Mapping[str, Any]
+
+
+def look(jobs: Sequence[Job], state: State, settings: Settings) -> list[Planned | Kept | Exception]:
+    """What is to be done of the jobs of one source; for each that, or why it cannot be done."""
+    found: list[Planned | Kept | Exception] = []
+    src = jobs[0].src
+    if all(_is_done(job, state) for job in jobs) and not os.path.exists(src):
+        return [_kept(job, state) for job in jobs]  # the source is gone, or on the Hub
+    try:
+        source = open_checkpoint(src)
+    except Exception as e:
+        return [e for _ in jobs]
+    with source:
+        prints = fingerprint(source.root, source.files, source.others)
+        for job in jobs:
+            try:
+                found.append(_look(job, source, prints, state, settings))
+            except Exception as e:
+                found.append(e)
+    return found
+
+
+def _look(
+    job: Job, source: Checkpoint, prints: dict[str, Any], state: State, settings: Settings
+) -> Planned | Kept:
+    asked, now, known = asked_of(job), hash_of(prints), state.of(job)
+    same = known is not None and known.asked == asked and known.source == now
+    if same and _is_done(job, state):
+        return _kept(job, state)
+    plan = make_plan(source, options(**job.how))
+    if (
+        same
+        and known is not None
+        and known.state == "begun"
+        and _appeared(job, known, plan, prints)
+    ):
+        result = {"bytes_in": plan.bytes_in, "bytes_out": plan.bytes_out,
+                  "scheme": plan.scheme_names, "format": format_of(plan)}  # fmt: skip
+        state.note(job, Known("done", asked, now, record_of(job.dst), result))
+        return _kept(job, state)
+    if os.path.lexists(job.dst) and not settings.overwrite:
+        raise PlanError(_in_the_way(job, known, asked, now))
+    check_destination(Path(job.dst), plan.disk_needed, settings.overwrite)
+    plan.workers_within(1, settings.max_memory)
+    return Planned(
+        job, plan.scheme_names, format_of(plan), plan.bytes_in, plan.bytes_out, plan.disk_needed,
+        plan.slab_memory, sum(len(w.sources) for s in plan.shards for w in s.weights),
+        tuple(plan.warnings), tuple(plan.notes),
+        Known("begun", asked, now, record_of(job.dst), {}),
+    )  # fmt: skip
+
+
+def _is_done(job: Job, state: State) -> bool:
+    """Whether an earlier run did what is asked for now, and the output is as it left it."""
+    known = state.of(job)
+    return (
+        known is not None and known.state == "done" and known.asked == asked_of(job)
+        and (is_hub(job.dst) or known.record is not None)
+        and record_of(job.dst) == known.record
+    )  # fmt: skip
+
+
+def _kept(job: Job, state: State) -> Kept:
+    known = state.of(job)
+    assert known is not None
+    return Kept(job, known.result)
+
+
+def _appeared(job: Job, known: Known, plan: Plan, prints: dict[str, Any]) -> bool:
+    """Whether the output came to be after the job had begun: only the note of it is missing."""
+    if is_hub(job.dst) or record_of(job.dst) in (None, known.record):
+        return False
+    try:
+        return parse_record((Path(job.dst) / RECORD).read_bytes()).about == origin_of(plan, prints)
+    except StreamqError:
+        return False
+
+
+def _in_the_way(job: Job, known: Known | None, asked: str, now: str) -> str:
+    """Why something that is there already is not taken for the output."""
+    if known is None:
+        return (
+            f"{job.dst}: is there, and no earlier run of this batch made it; --overwrite replaces "
+            "it."
+        )
+    what = (
+        "other options" if known.asked != asked
+        else "another state of the source" if known.source != now
+        else "another content"
+    )  # fmt: skip
+    return f"{job.dst}: is there, from {what}; --overwrite replaces it."
