@@ -13,10 +13,10 @@ from streamq.errors import PlanError, StreamqError
 from streamq.hub import HubPath, is_hub, parse_hub
 from streamq.tables import Table, read_table, read_text
 
-from .template import check_template, filled, values_of
+from .template import LONGEST, check_template, filled, values_of
 
 #: Largest file of jobs in bytes, and most jobs.
-MAX_FILE, MAX_JOBS = 8_000_000, 10_000
+MAX_FILE, MAX_JOBS = 2_000_000, 10_000
 
 #: Keys of a file of jobs, beside ``source`` and ``sources``, that are about the run.
 RUN_KEYS = ("jobs", "retries", "workers", "max_memory", "max_disk")
@@ -164,6 +164,7 @@ def _expanded(source: _Source, top: Mapping[str, Any], checked: set[str]) -> Ite
     if schemes == (None,) and "recipe" not in how:
         raise PlanError(f"{where}: no scheme; give --scheme, or schemes in the file of jobs.")
     check_template(template, where)
+    _refuse_odd(how.get("recipe", ""), where)
     src = source_of(how.pop("src"), where)
     several = len(schemes) * len(formats) > 1
     for scheme in schemes:
@@ -189,6 +190,7 @@ def source_of(text: str, where: str) -> str:
     A name like ``org/repo``, with all that an address has behind it, is one on the Hub where
     there is no such directory. Raises PlanError for what is neither.
     """
+    _refuse_odd(text, where)
     if not is_hub(text) and os.path.exists(text):
         return text
     if is_hub(text):
@@ -200,6 +202,12 @@ def source_of(text: str, where: str) -> str:
             f"{where}: {text!r} is no directory here, and no name of a repository of the Hub such "
             "as org/name."
         ) from None
+
+
+def _refuse_odd(name: str, where: str) -> None:
+    """Raise PlanError for a name of a file that messages could not show."""
+    if not name.isprintable() or len(name) > LONGEST:
+        raise PlanError(f"{where}: {name[:80]!r} is no name of a file or directory.")
 
 
 def _address(text: str, where: str) -> str:
@@ -245,20 +253,20 @@ def refuse_entangled(jobs: Sequence[Job]) -> None:
                 f"{other.where}; {{scheme}}, {{format}}, {{org}} or {{revision}} in out tells them "
                 "apart."
             )
-    sources = {os.path.realpath(j.src): j for j in jobs if not is_hub(j.src)}
-    outputs = {place: j for j in jobs if not is_hub(j.dst) for place in (j.key, j.key + ".partial")}
+    sources = {os.path.realpath(job.src): job for job in jobs if not is_hub(job.src)}
+    outputs = {job.key: job for job in jobs if not is_hub(job.dst)}
+    for job in list(outputs.values()):
+        if (other := outputs.setdefault(job.key + ".partial", job)) is not job:
+            raise PlanError(f"{other.where}: {other.dst} is where {job.dst} is built.")
     for place, job in outputs.items():
-        if (other := sources.get(place)) is not None:
-            raise PlanError(f"{job.where}: {job.dst} would lie in the source of {other.where}.")
-        for above in _above(place):
-            outer = outputs.get(above)
-            other = outer if outer is not None else sources.get(above)
-            if other is not None:
-                what = "source" if outer is None else "output"
-                raise PlanError(f"{job.where}: {job.dst} would lie in the {what} of {other.where}.")
+        for at in (place, *_above(place)):
+            if (other := sources.get(at)) is not None:
+                raise PlanError(f"{job.where}: {job.dst} would lie in the source of {other.where}.")
+            if (other := outputs.get(at, job)) is not job:
+                raise PlanError(f"{job.where}: {job.dst} would lie in the output of {other.where}.")
     for place, job in sources.items():
-        for above in _above(place):
-            if (other := outputs.get(above)) is not None:
+        for at in _above(place):
+            if (other := outputs.get(at)) is not None:
                 raise PlanError(f"{job.where}: {job.src} lies in the output of {other.where}.")
 
 

@@ -132,7 +132,8 @@ def _appeared(job: Job, known: Known, plan: Plan, prints: dict[str, Any]) -> boo
     if is_hub(job.dst) or record_of(job.dst) in (None, known.record):
         return False
     try:
-        return parse_record((Path(job.dst) / RECORD).read_bytes()).about == origin_of(plan, prints)
+        about = parse_record((Path(job.dst) / RECORD).read_bytes()).about
+        return hash_of(about) == hash_of(origin_of(plan, prints))
     except StreamqError:
         return False
 

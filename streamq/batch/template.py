@@ -11,11 +11,17 @@ from typing import Any
 from streamq.errors import PlanError
 from streamq.hub import is_hub, parse_hub
 
+#: Characters of a path (PATH_MAX of Linux).
+LONGEST = 4096
 FIELDS = ("org", "name", "revision", "scheme", "format")
 
 
 def check_template(template: str, where: str) -> None:
     """Raise PlanError for anything in braces but one of ``FIELDS``."""
+    if not template.isprintable() or not 0 < len(template) <= LONGEST:
+        raise PlanError(
+            f"{where}: out must be a name of 1 to {LONGEST} characters, got {template[:80]!r}."
+        )
     try:
         parts = list(Formatter().parse(template))
     except ValueError as e:
@@ -27,8 +33,6 @@ def check_template(template: str, where: str) -> None:
                 f"{where}: out {template!r} has {{{field}{more}}}; known are "
                 f"{', '.join(f'{{{name}}}' for name in FIELDS)}."
             )
-    if not template or "\0" in template:
-        raise PlanError(f"{where}: out {template!r} is no name of a directory.")
 
 
 def values_of(src: str, how: Mapping[str, Any]) -> dict[str, str | None]:

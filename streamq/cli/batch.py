@@ -156,7 +156,7 @@ def batch(ctx: click.Context, jobs_file: str, **o: Any) -> None:  # fmt: skip
 def _stdin_lines() -> list[str]:
     from streamq.batch import MAX_FILE
 
-    raw = click.get_binary_stream("stdin").read(MAX_FILE + 1)
+    raw = sys.stdin.buffer.read(MAX_FILE + 1)
     if len(raw) > MAX_FILE:
         raise click.UsageError(f"{STDIN} has more than {MAX_FILE} bytes.")
     try:
