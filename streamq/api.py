@@ -124,8 +124,9 @@ def convert(
     from streamq.planning import make_plan, refuse_overlap
 
     refuse_overlap(src, dst)
-    with open_checkpoint(src) as source:
-        return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
+    s = settings or Settings()
+    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
+        return run(source, make_plan(source, options(scheme, **how)), dst, s)
 
 
 def reindex(
@@ -152,7 +153,7 @@ def reindex(
 
     refuse_overlap(src, dst)
     s = settings or Settings()
-    with open_checkpoint(src) as source:
+    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
         return run(
             source, make_plan(source, Options(fuse, split, shard_size, tuple(rename))), dst,
             workers=s.workers or default_workers(), max_memory=s.max_memory, sync=s.sync,
@@ -189,7 +190,7 @@ def compress(
     keep = kept(sparsity) if sparsity is not None else None
     options = Options(codec, dictionary, tuple(disable_layers), transpose, keep, tp)
     s = settings or Settings()
-    with open_checkpoint(src) as source:
+    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
         return run(
             source, make_plan(source, options), dst, workers=s.workers or default_workers(),
             max_memory=s.max_memory, sync=s.sync, overwrite=s.overwrite, progress=s.progress,

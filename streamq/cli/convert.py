@@ -14,11 +14,13 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    open_source,
     options_of,
     quiet_option,
     resumed_options,
     scheme_options,
     settings_of,
+    source_options,
 )
 from .report import of_conversion, report_option
 
@@ -89,6 +91,7 @@ _to = click.option(
 @scheme_options
 @target_options
 @device_options
+@source_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
     """Show what a conversion of SRC would do, without writing anything.
@@ -100,11 +103,10 @@ def plan(src: str, dst: str | None, **o: Any) -> None:
 
 def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import means_of
     from streamq.writer import free_bytes
 
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         outputs = _outputs(source, wanted, o)
         means = means_of(outputs, settings_of(o))
         free = [free_bytes(Path(w.dst)) if w.dst else None for w in wanted]
@@ -122,6 +124,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @scheme_options
 @target_options
 @device_options
+@source_options
 @_to
 @dry_run_option
 @resumed_options
@@ -131,12 +134,13 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
 
-    SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
-    already. DST appears when it is complete; until then the work is in DST.partial, and the same
+    SRC is a directory with safetensors shards, one safetensors file, or hf://org/repo[@revision]
+    with a folder behind it if need be; it may be quantized already.
+
+    DST appears when it is complete; until then the work is in DST.partial, and the same
     command goes on there where it was interrupted.
     """
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import check_outputs, convert_all, means_of
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
@@ -157,7 +161,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         check_target(Path(o["page"]))
     for w in wanted:
         refuse_overlap(src, w.dst or "")
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         outputs = _outputs(source, wanted, o)
         means = means_of(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from streamq.checkpoint import Checkpoint
 
 
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -18,6 +21,15 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
         return bytes_of(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a size like 512MiB or 5GB") from None
+
+
+def _spool(ctx: click.Context, param: click.Parameter, value: str) -> None:
+    """A size, or 0."""
+    ctx.meta["streamq.spool"] = 0 if value.strip() == "0" else size(ctx, param, value)
+
+
+def _spool_dir(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta["streamq.spool_dir"] = value
 
 
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -65,6 +77,15 @@ machine_options = together(
                  help="Threads (default: the processors)."),
     click.option("--max-memory", callback=size, default="512MiB", show_default=True,
                  metavar="SIZE", help="Buffers of all workers together."),
+)  # fmt: skip
+
+#: For sources on the Hub (docs/hub.md); ``open_source`` knows what was given.
+source_options = together(
+    click.option("--spool", callback=_spool, default="4GiB", show_default=True, metavar="SIZE",
+                 expose_value=False,
+                 help="Disk for what of a source on the Hub is needed twice; 0 for none."),
+    click.option("--spool-dir", callback=_spool_dir, type=click.Path(), metavar="DIR",
+                 expose_value=False, help="Where that is (default: TMPDIR, or /var/tmp)."),
 )  # fmt: skip
 
 #: How DST comes to be.
@@ -175,3 +196,11 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
         sha256=o.get("sha256", False), device=o.get("device", "cpu"),
         device_memory=o.get("device_memory"),
     )  # fmt: skip
+
+
+def open_source(src: str) -> Checkpoint:
+    """Open a source, which may be on the Hub, as the options of the command say."""
+    from streamq.checkpoint import open_checkpoint
+
+    said = click.get_current_context().meta
+    return open_checkpoint(src, spool=said["streamq.spool"], spool_dir=said["streamq.spool_dir"])

@@ -6,22 +6,23 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.checkpoint import SPOOL, Checkpoint
 from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
-from streamq.trust import fingerprint
 from streamq.writer import Destination, check_destination, same_disk
 
 from .devices import Means, is_quantized, means
+from .finish import finish
 from .jobs import JOB
 from .origin import identity_of, origin_of
+from .reads import traffic_of
 from .run import Run, Target
 from .worker import Progress
 
@@ -32,8 +33,6 @@ __all__ = [
     "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
     "default_workers", "means_of", "repeat",
 ]  # fmt: skip
-
-INDEX = "model.safetensors.index.json"
 
 #: Kernels that are in the cache on disk load in well under this; compiling takes longer.
 SLOW_START = 0.7
@@ -49,7 +48,8 @@ class Settings:
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
-    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``spool``: bytes on disk, in
+    ``spool_dir``, of what a source on the Hub sent and is needed again.
     """
 
     workers: int | None = None
@@ -64,6 +64,8 @@ class Settings:
     sha256: bool = False
     device: str = "cpu"
     device_memory: int | None = None
+    spool: int = SPOOL
+    spool_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices.
+    run had written. ``remarks``: sentences about devices. ``downloaded``: bytes that came from
+    the Hub, for all outputs together; None for a source on this machine.
     """
 
     bytes_in: int
@@ -91,6 +94,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    downloaded: int | None = None
 
 
 def default_workers() -> int:
@@ -121,7 +125,7 @@ def convert_all(
     targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
-    prints = fingerprint(source.root, source.files, source.others)
+    prints = source.fingerprint()
     try:
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
@@ -169,6 +173,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                None if source.remote is None else source.received,
             )
         )
     return summaries
@@ -196,7 +201,9 @@ def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -
     progress = settings.progress or (lambda n, name: None)
     work = [] if plan.verbatim else [(plan, target)]
     wanted = settings.workers or default_workers()
-    workers = plan.workers_within(wanted, settings.max_memory)
+    traffic = traffic_of([plan])
+    held = 0 if traffic is None else traffic.held
+    workers = plan.workers_within(wanted, max(settings.max_memory, held + plan.slab_memory), held)
     run = Run(source, work, workers, progress, settings.stats, settings.details)
     run.run(lambda: _load_kernels([plan for plan, _ in work], settings, None))
     finish(source, plan, target, progress)
@@ -206,14 +213,19 @@ def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -
 def means_of(outputs: list[Output], settings: Settings) -> Means:
     """As many threads as memory allows, and devices; see ``Means``.
 
-    With several outputs each thread holds what it reads. Raises PlanError where memory does
-    not hold one, and for a device that cannot be used.
+    With several outputs each thread holds what it reads, and from the Hub as well. Raises
+    PlanError where memory does not hold one, and for a device that cannot be used.
     """
-    return means(
-        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
-        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
+    plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
+    wanted = settings.workers or default_workers()
+    traffic = traffic_of(plans)
+    if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
+        held, wanted = traffic.held, settings.workers or 2 * wanted
+    found = means(
+        plans, settings.device, wanted, settings.max_memory, settings.device_memory, held,
         settings.stats,
     )  # fmt: skip
+    return replace(found, traffic=traffic)
 
 
 def refuse_entangled(folders: list[Path]) -> None:
@@ -239,25 +251,6 @@ def check_outputs(outputs: list[Output], overwrite: bool) -> int:
         together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
         free.append(check_destination(o.dst, together, overwrite))
     return free[0]
-
-
-def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -> None:
-    """All files but the shards; all files at all of a source that is what is wanted."""
-    if plan.verbatim:
-        index = [path.name for path in source.root.glob("*.safetensors.index.json")]
-        for name in [*source.others, *index, *source.files]:
-            target.copy_file(source.root / name, name, keep=name in source.files)
-            progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
-        return
-    for name in plan.others:
-        if name != CONFIG and name not in plan.files and name not in plan.texts:
-            target.copy_file(source.root / name, name)
-    if len(plan.shards) > 1:
-        target.write_text(INDEX, plan.index())
-    for name, value in {**plan.files, CONFIG: plan.config}.items():
-        target.write_json(name, value)
-    for name, text in plan.texts.items():
-        target.write_text(name, [text])
 
 
 def _load_kernels(

@@ -17,6 +17,7 @@ from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
+from .reads import as_they_lie, reads, with_released
 from .scheduler import Scheduler
 from .worker import Progress, Worker
 
@@ -85,6 +86,9 @@ class Run:
         jobs = list(jobs_of([plan.shards for plan, _ in work]))
         if any(destination.goes_on for _, destination in work):
             jobs = self._left_of(jobs)
+        if source.remote is not None:
+            jobs = as_they_lie(jobs)
+            source.expect(map(reads, with_released(jobs)))
         self._scheduler = Scheduler(jobs, len(self._shards))
         self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
@@ -159,7 +163,8 @@ class Run:
         worker = self._hire(number, kernels)
         try:
             while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
-                released = job.run(worker, self._sink)
+                with self._source.reading(partial(reads, job), self._crew.stop):
+                    released = job.run(worker, self._sink)
                 for shard in self._scheduler.done(job, released):
                     self._crew.close(partial(self._close, shard))
         finally:

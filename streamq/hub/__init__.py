@@ -5,9 +5,10 @@ huggingface_hub is imported by the functions that talk to the Hub and not before
 """
 
 from .address import HubPath, is_hub, parse_hub
-from .client import Stop, api, endpoint, patiently, pause_before, translated
+from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
+from .repository import Repository
 
 __all__ = [
-    "HubPath", "Stop", "api", "endpoint", "is_hub", "parse_hub", "patiently", "pause_before",
-    "translated",
+    "Again", "HubPath", "Repository", "Stop", "api", "endpoint", "is_hub", "parse_hub",
+    "patiently", "pause_before", "translated",
 ]  # fmt: skip

@@ -32,6 +32,10 @@ PATIENCE = 330.0
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
+class Again(Exception):
+    """A failure that may well be gone the next time; its text says what failed."""
+
+
 class Stop(Protocol):
     """What tells that somebody does not want the answer any more: a threading.Event."""
 
@@ -117,7 +121,9 @@ def translated(error: Exception, what: str) -> StreamqError:
     if isinstance(error, StreamqError):
         return error
     status, headers = _answer(error)
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if isinstance(error, Again):
+        say = f"{error}."
+    elif isinstance(error, errors.OfflineModeIsEnabled):
         say = (
             "HF_HUB_OFFLINE is set; unset it, or give the directory of a download (`hf download`) "
             "in place of the address."
@@ -176,6 +182,8 @@ def _is_transient(error: Exception, status: int | None) -> bool:
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    if isinstance(error, Again):
+        return True
     if status is not None:
         return status in _TRANSIENT
     if isinstance(error, OfflineModeIsEnabled):

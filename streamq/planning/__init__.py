@@ -15,6 +15,7 @@ from streamq.checkpoint import DESCRIPTION, Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family, is_expert_stack
 from streamq.formats import Ascend, Format, default_format, format_of, quantization_of
+from streamq.hub import is_hub
 from streamq.stored import Stored, Where, find_stored
 from streamq.tensors import TensorInfo, element, size_text
 
@@ -119,6 +120,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         slab_memory=slab_memory(shards),
         input_files=len(source.files),
         verbatim=choice.verbatim and options.shard_size is None,
+        remote=source.remote,
     )
     if recipe is not None:
         plan.texts = {"recipe.toml": recipe.text} if recipe.text else {}
@@ -219,7 +221,9 @@ def _rows(
 
 
 def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Raise PlanError where DST is SRC, holds it, or lies in it."""
+    """Raise PlanError where DST is SRC, holds it, or lies in it; one may be on the Hub."""
+    if is_hub(src) or is_hub(dst):
+        return
     a, b = Path(src).resolve(), Path(dst).resolve()
     built = b.with_name(b.name + ".partial")
     if any(a == place or a in place.parents or place in a.parents for place in (b, built)):
