@@ -9,10 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 from typing import Any, NoReturn
+
+from streamq.hub import is_hub
 
 from .work import Work, carry_out, failure_of
 
@@ -54,7 +57,7 @@ def main() -> NoReturn:
             print(json.dumps(message), file=out, flush=True)
 
     work = Work(**json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[work], daemon=True).start()
     try:
         done = carry_out(work, _Progress(say), lambda line: say({"notify": line}))
         say({"done": done})
@@ -68,8 +71,10 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(work: Work) -> None:
     sys.stdin.buffer.read()
+    if is_hub(work.src):  # the directory was made for this process alone
+        shutil.rmtree(work.settings["spool_dir"], ignore_errors=True)
     os._exit(1)
 
 

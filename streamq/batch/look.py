@@ -12,11 +12,12 @@ from streamq.api import options
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.converting import Settings
 from streamq.converting.origin import origin_of
+from streamq.converting.reads import traffic_of
 from streamq.errors import PlanError, StreamqError
 from streamq.hub import is_hub
 from streamq.planning import Plan, make_plan
 from streamq.show.plans import format_of
-from streamq.trust import RECORD, fingerprint, parse_record
+from streamq.trust import RECORD, parse_record
 from streamq.writer import check_destination
 
 from .jobs import Job
@@ -28,7 +29,8 @@ class Planned:
     """A job that is to be done. Sizes in bytes.
 
     ``disk``: what the output needs there. ``memory``: the buffers of one thread, the least that
-    the conversion works with. ``known``: what the state will say when it has begun.
+    the conversion works with, and ``held``, what it holds of a source on the Hub, of which it
+    fetches ``download``. ``known``: what the state will say when it has begun.
     """
 
     job: Job
@@ -38,6 +40,8 @@ class Planned:
     bytes_out: int
     disk: int
     memory: int
+    held: int
+    download: int
     quantized: int
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -48,8 +52,8 @@ class Planned:
         return {
             "dst": self.job.dst, "scheme": self.scheme, "format": self.format,
             "bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "disk_needed": self.disk,
-            "buffers": self.memory, "quantized": self.quantized,
-            "warnings": list(self.warnings), "notes": list(self.notes),
+            "buffers": self.memory + self.held, "download": self.download,
+            "quantized": self.quantized, "warnings": list(self.warnings), "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -68,11 +72,11 @@ def look(jobs: Sequence[Job], state: State, settings: Settings) -> list[Planned 
     if all(_is_done(job, state) for job in jobs) and not os.path.exists(src):
         return [_kept(job, state) for job in jobs]  # the source is gone, or on the Hub
     try:
-        source = open_checkpoint(src)
+        source = open_checkpoint(src, spool=settings.spool, spool_dir=settings.spool_dir)
     except Exception as e:
         return [e for _ in jobs]
     with source:
-        prints = fingerprint(source.root, source.files, source.others)
+        prints = source.fingerprint()
         for job in jobs:
             try:
                 found.append(_look(job, source, prints, state, settings))
@@ -84,7 +88,8 @@ def look(jobs: Sequence[Job], state: State, settings: Settings) -> list[Planned 
 def _look(
     job: Job, source: Checkpoint, prints: dict[str, Any], state: State, settings: Settings
 ) -> Planned | Kept:
-    asked, now, known = asked_of(job), hash_of(prints), state.of(job)
+    asked, known = asked_of(job), state.of(job)
+    now = None if is_hub(job.src) else hash_of(prints)  # a branch may move on
     same = known is not None and known.asked == asked and known.source == now
     if same and _is_done(job, state):
         return _kept(job, state)
@@ -102,10 +107,13 @@ def _look(
     if os.path.lexists(job.dst) and not settings.overwrite:
         raise PlanError(_in_the_way(job, known, asked, now))
     check_destination(Path(job.dst), plan.disk_needed, settings.overwrite)
-    plan.workers_within(1, settings.max_memory)
+    traffic = traffic_of([plan])
+    held, download = (traffic.held, traffic.fetched) if traffic else (0, 0)
+    plan.workers_within(1, settings.max_memory, held)
     return Planned(
         job, plan.scheme_names, format_of(plan), plan.bytes_in, plan.bytes_out, plan.disk_needed,
-        plan.slab_memory, sum(len(w.sources) for s in plan.shards for w in s.weights),
+        plan.slab_memory, held, download,
+        sum(len(w.sources) for s in plan.shards for w in s.weights),
         tuple(plan.warnings), tuple(plan.notes),
         Known("begun", asked, now, record_of(job.dst), {}),
     )  # fmt: skip
@@ -138,7 +146,7 @@ def _appeared(job: Job, known: Known, plan: Plan, prints: dict[str, Any]) -> boo
         return False
 
 
-def _in_the_way(job: Job, known: Known | None, asked: str, now: str) -> str:
+def _in_the_way(job: Job, known: Known | None, asked: str, now: str | None) -> str:
     """Why something that is there already is not taken for the output."""
     if known is None:
         return (

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamq.converting import default_workers
 from streamq.errors import PlanError, Stopped
+from streamq.hub import is_hub
 
 from .budget import Budget, Need, total_lack
 from .look import Planned
@@ -29,7 +30,6 @@ class Pool:
         self._how, self._engine, self._state, self._watch = how, engine, state, watch
         self._end = end
         self._budget = Budget(how.settings.max_memory, how.max_disk)
-        self._workers = how.settings.workers or default_workers()
         self._changed = threading.Condition()
         self._waiting: list[Task] = []
         self._running = 0
@@ -75,9 +75,9 @@ class Pool:
     def _serve(self) -> None:
         """One thread: task after task."""
         while (taken := self._next()) is not None:
-            task, number, memory, workers = taken
+            task, number, memory, at_once = taken
             try:
-                self._try(task, memory, workers)
+                self._try(task, memory, at_once)
             finally:
                 with self._changed:
                     self._budget.give_back(number)
@@ -85,7 +85,7 @@ class Pool:
                     self._changed.notify_all()
 
     def _next(self) -> tuple[Task, int, int, int] | None:
-        """The first task that there is room for, its number, memory and threads; None at the end.
+        """The first task that there is room for, its number and memory, among how many; or None.
 
         Waits while nothing can begin. Where nothing runs either there will be no room.
         """
@@ -99,7 +99,7 @@ class Pool:
                     if (taken := self._budget.take(task.need, share)) is not None:
                         self._waiting.remove(task)
                         self._running += 1
-                        return task, *taken, max(1, self._workers // at_once)
+                        return task, *taken, at_once
                 if ready and not self._running:
                     why = self._budget.lacks(ready[0].need)
                     if why is not None:
@@ -110,14 +110,18 @@ class Pool:
                 self._changed.wait(min(later) - now if later else None)
         return None
 
-    def _try(self, task: Task, memory: int, workers: int) -> None:
+    def _try(self, task: Task, memory: int, at_once: int) -> None:
         """Carry a task out once, and write down what became of it."""
         task.tries += 1
         for p in task.planned:
             self._state.note(p.job, p.known)
+        s = self._how.settings
+        threads = s.workers or default_workers() * (
+            2 if is_hub(task.src) else 1
+        )  # half wait for it
         settings = replace(
-            self._how.settings, workers=workers, max_memory=memory,
-            restart=self._how.settings.restart and task.tries == 1,
+            s, workers=max(1, threads // at_once), max_memory=memory, spool=s.spool // at_once,
+            restart=s.restart and task.tries == 1,
         )  # fmt: skip
         said = {f.name: getattr(settings, f.name) for f in fields(settings)}
         del said["progress"], said["notify"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -10,10 +9,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import IO, Any
 
+from streamq.checkpoint.spool import spool_folder
 from streamq.errors import Stopped
+from streamq.hub import is_hub
 
 from .work import JobError, Progress, Work
 
@@ -34,13 +37,13 @@ class Processes:
         self, work: Work, progress: Progress, notify: Callable[[str], None]
     ) -> list[dict[str, Any]]:
         """See ``Engine``."""
-        with tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryFile() as errors, _spool_of(work) as work:
             child = self._start(errors)
             try:
                 return self._listen(child, work, errors, progress, notify)
             finally:
                 child.kill()
-                with contextlib.suppress(BrokenPipeError):
+                with suppress(BrokenPipeError):
                     child.communicate()
                 with self._lock:
                     self._running.discard(child)
@@ -74,7 +77,7 @@ class Processes:
     ) -> list[dict[str, Any]]:  # fmt: skip
         assert child.stdin is not None
         assert child.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
+        with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(work.to_json()).encode() + b"\n")
             child.stdin.flush()
         for line in child.stdout:
@@ -91,6 +94,17 @@ class Processes:
         if self._stopped:
             raise Stopped
         raise JobError(_ending(code, errors), False)
+
+
+@contextmanager
+def _spool_of(work: Work) -> Iterator[Work]:
+    """What a killed process has on disk of a source on the Hub goes with a directory for it."""
+    if not is_hub(work.src):
+        yield work
+        return
+    place = work.settings["spool_dir"] or spool_folder()
+    with tempfile.TemporaryDirectory(prefix="streamq-batch-", dir=place) as folder:
+        yield replace(work, settings={**work.settings, "spool_dir": folder})
 
 
 def _ending(code: int, errors: IO[bytes]) -> str:

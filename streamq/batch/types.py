@@ -88,7 +88,8 @@ class Task:
     @property
     def need(self) -> Need:
         """What it takes to carry them out together."""
-        memory = max(p.memory for p in self.planned) + (JOB if len(self.planned) > 1 else 0)
+        held = max(JOB if len(self.planned) > 1 else 0, *(p.held for p in self.planned))
+        memory = max(p.memory for p in self.planned) + held
         return Need(memory, tuple((p.job.dst, p.disk) for p in self.planned))
 
 

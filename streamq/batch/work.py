@@ -71,7 +71,7 @@ def carry_out(
     from streamq.show import summary_json
 
     settings = Settings(**work.settings, progress=progress, notify=notify)
-    with open_checkpoint(work.src) as source:
+    with open_checkpoint(work.src, spool=settings.spool, spool_dir=settings.spool_dir) as source:
         outputs = [
             Output(make_plan(source, options(**how)), Path(dst)) for dst, how in work.outputs
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .options import (
     resumed_options,
     settings_of,
     size,
+    source_options,
 )
 
 #: What standard input is called, and where its state is.
@@ -101,6 +103,7 @@ def _several(
 )
 @machine_options
 @device_options
+@source_options
 @dry_run_option
 @resumed_options
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
@@ -175,7 +178,10 @@ def _over(o: dict[str, Any], given: set[str]) -> dict[str, Any]:
 def _how(o: dict[str, Any]) -> Any:
     from streamq.batch import How
 
-    return How(o["jobs"], o["retries"], o["continue_on_error"], o["max_disk"], settings_of(o))
+    said = click.get_current_context().meta
+    spool = {k: said[f"streamq.{k}"] for k in ("spool", "spool_dir")}
+    settings = replace(settings_of(o), **spool)
+    return How(o["jobs"], o["retries"], o["continue_on_error"], o["max_disk"], settings)
 
 
 def _state_of(jobs_file: str) -> str:

@@ -42,12 +42,15 @@ def show_outcomes(found: Sequence[dict[str, Any]]) -> None:
 def show_plans(found: Sequence[dict[str, Any]]) -> None:
     """What jobs would do, as ``Planned.to_json`` has it with ``state``, or an ``error``."""
     console = text.console()
-    table = text.table("job", "scheme", "format", "count", "in", "out", "smaller", "disk", "")
+    table = text.table(
+        "job", "scheme", "format", "count", "in", "out", "smaller", "disk", "download", ""
+    )
     for said in found:
         table.add_row(
             said["dst"], said.get("scheme") or "", said.get("format") or "",
             str(said.get("quantized", "")), _size(said, "bytes_in"), _size(said, "bytes_out"),
-            _smaller(said), _size(said, "disk_needed"), _state(said),
+            _smaller(said), _size(said, "disk_needed"),
+            _size(said, "download") if said.get("download") else "", _state(said),
         )  # fmt: skip
     console.print(table)
     for said in found:

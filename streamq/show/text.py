@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-_NUMBERS = {"count", "in", "out", "size", "smaller", "time", "speed", "SQNR", "disk"}
+_NUMBERS = {
+    "count", "in", "out", "size", "smaller", "time", "speed", "SQNR", "disk", "download",
+}  # fmt: skip
 
 
 def console() -> Any:
