@@ -6,19 +6,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
-from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
+from batches import NAMES, OUT, Here, batch, cli_run, start, states, write_source
 from click.testing import CliRunner
-from helpers import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,7 +20,7 @@ from rich.progress import Progress, TextColumn
 from small_units import contents
 
 import streamq
-from streamq.batch import How, JobError, Processes, State, carry_out, read_jobs, run
+from streamq.batch import How, JobError, Processes, State, read_jobs, run
 from streamq.batch import types as batch_types
 from streamq.batch.budget import Budget, Need
 from streamq.batch.state import Known
@@ -34,16 +28,6 @@ from streamq.batch.watching import Bars, watching
 from streamq.cli import cli
 from streamq.converting import Settings
 from streamq.errors import PlanError, WriteError
-
-NAMES = ("org/a", "org/b", "two/c")
-OUT = "out/{org}/{name}-{scheme}"
-
-
-def write_source(folder, seed, rows=128):
-    rng = np.random.default_rng(seed)
-    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
-    made = {n: (rng.standard_normal((rows, 256)) * 0.02).astype(ml_dtypes.bfloat16) for n in names}
-    return write_checkpoint(folder, made, shards=[[n] for n in names])
 
 
 @pytest.fixture(autouse=True)
@@ -54,62 +38,6 @@ def here(tmp_path, monkeypatch):
     for seed, name in enumerate(NAMES):
         write_source(tmp_path / name, seed)
     return tmp_path
-
-
-class Here:
-    """An engine in this process. ``before`` is called with each work; it may raise."""
-
-    def __init__(self, before=lambda work: None):
-        self.before = before
-        self.works = []
-        self.most = self.now = 0
-        self.lock = threading.Lock()
-
-    @contextmanager
-    def counted(self, work):
-        with self.lock:
-            self.works.append(work)
-            self.now += 1
-            self.most = max(self.most, self.now)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.now -= 1
-
-    def carry_out(self, work, progress, notify):
-        with self.counted(work):
-            self.before(work)
-            return carry_out(work, progress, notify)
-
-    def stop(self):
-        pass
-
-    @property
-    def sources(self):
-        return [work.src for work in self.works]
-
-
-def batch(engine=None, names=NAMES, schemes=("nvfp4a16",), out=OUT, settings=None, **how):
-    """Outcomes of a batch of lines, by name of the source; several schemes in the order given."""
-    jobs = read_jobs("lines", list(names), {"out": out, "schemes": schemes}).jobs
-    state = State(Path("state"))
-    settings = {"sync": False, "workers": 2} | (settings or {})
-    try:
-        with watching(len(jobs), True, False) as watch:
-            return run(jobs, How(settings=Settings(**settings), **how), engine or Here(), state,
-                       watch)  # fmt: skip
-    finally:
-        state.close()
-
-
-def states(outcomes):
-    return [o.state for o in outcomes]
-
-
-def cli_run(*args, lines=NAMES):
-    given = "".join(f"{line}\n" for line in lines)
-    return CliRunner().invoke(cli, ["batch", *map(str, args)], input=given)
 
 
 def wanted(name, scheme="nvfp4a16"):
@@ -215,17 +143,6 @@ def test_a_source_that_is_gone_after_it_was_done():
 
 
 # --- killed -------------------------------------------------------------------------------
-
-
-def start(*args, lines=NAMES, **kw):
-    child = subprocess.Popen(
-        [sys.executable, "-m", "streamq.cli", "batch", *map(str, args)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw,
-    )  # fmt: skip
-    child.stdin.write("".join(f"{line}\n" for line in lines))
-    child.stdin.close()
-    child.stdin = None
-    return child
 
 
 def test_kills(here):
