@@ -84,8 +84,9 @@ def cli_run(*args, lines=NAMES):
 
 
 def start(*args, lines=NAMES, **kw):
+    streamq = Path(sys.executable).with_name("streamq")
     child = subprocess.Popen(
-        [Path(sys.executable).with_name("streamq"), "batch", *map(str, args)], stdin=subprocess.PIPE,
+        [streamq, "batch", *map(str, args)], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw,
     )  # fmt: skip
     child.stdin.write("".join(f"{line}\n" for line in lines))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from streamq.errors import PlanError, StreamqError
 from streamq.hub import HubPath, is_hub, parse_hub
@@ -260,14 +260,18 @@ def refuse_entangled(jobs: Sequence[Job]) -> None:
             raise PlanError(f"{other.where}: {other.dst} is where {job.dst} is built.")
     for place, job in outputs.items():
         for at in (place, *_above(place)):
-            if (other := sources.get(at)) is not None:
-                raise PlanError(f"{job.where}: {job.dst} would lie in the source of {other.where}.")
-            if (other := outputs.get(at, job)) is not job:
-                raise PlanError(f"{job.where}: {job.dst} would lie in the output of {other.where}.")
+            if at in sources:
+                _refuse(job, f"{job.dst} would lie in the source", sources[at])
+            if outputs.get(at, job) is not job:
+                _refuse(job, f"{job.dst} would lie in the output", outputs[at])
     for place, job in sources.items():
         for at in _above(place):
-            if (other := outputs.get(at)) is not None:
-                raise PlanError(f"{job.where}: {job.src} lies in the output of {other.where}.")
+            if at in outputs:
+                _refuse(job, f"{job.src} lies in the output", outputs[at])
+
+
+def _refuse(job: Job, what: str, other: Job) -> NoReturn:
+    raise PlanError(f"{job.where}: {what} of {other.where}.")
 
 
 def _above(place: str) -> Iterator[str]:

@@ -109,8 +109,7 @@ def _several(
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @json_option
 @quiet_option
-@click.pass_context
-def batch(ctx: click.Context, jobs_file: str, **o: Any) -> None:  # fmt: skip
+def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
     """Convert the many sources of JOBS.
 
     JOBS is a file in TOML or YAML (docs/batch.md), one in .txt with a source on each line, or -
@@ -122,6 +121,7 @@ def batch(ctx: click.Context, jobs_file: str, **o: Any) -> None:  # fmt: skip
     from streamq.batch import Processes, State, plan_all, read_jobs, run
     from streamq.batch.watching import watching
 
+    ctx = click.get_current_context()
     given = {k for k in o if ctx.get_parameter_source(k) == ParameterSource.COMMANDLINE}
     lines = _stdin_lines() if jobs_file == "-" else None
     asked = read_jobs(STDIN if lines is not None else jobs_file, lines, _over(o, given))
