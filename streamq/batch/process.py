@@ -22,7 +22,7 @@ from .work import JobError, Progress, Work
 
 
 class Processes:
-    """What one conversion takes, and breaks, is its own: memory, crashes, the interpreter's lock.
+    """What breaks one conversion breaks no other: memory that runs out, a driver that crashes.
 
     A process that is killed is one failed job, and says what it was killed by. All of them end
     with this one, by the end of their standard input. See docs/batch.md for what it costs.
