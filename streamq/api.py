@@ -116,7 +116,8 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    Raises StreamqError; ``dst`` is then as it was.
+    ``dst`` may be ``hf://org/repo``, see ``Settings.upload``. Raises StreamqError; ``dst`` is then
+    as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings

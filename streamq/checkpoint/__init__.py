@@ -10,6 +10,7 @@ from .local import (
     DESCRIPTION,
     INDEX_SUFFIX,
     is_compressed,
+    is_weights,
     open_checkpoint,
 )
 from .source import Checkpoint
@@ -18,6 +19,6 @@ from .store import Reader, Remote, Span
 
 __all__ = [
     "COMPRESSED", "COMPRESSION", "CONFIG", "DESCRIPTION", "INDEX_SUFFIX", "MAX_HEADER", "SPOOL",
-    "Checkpoint", "Reader", "Remote", "Span", "Traffic", "forecast", "is_compressed", "joined",
-    "open_checkpoint", "read_header", "read_json",
+    "Checkpoint", "Reader", "Remote", "Span", "Traffic", "forecast", "is_compressed", "is_weights",
+    "joined", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip

@@ -69,6 +69,11 @@ def open_checkpoint(
     return _open(path, shards, index, config, others, oddities)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or says where they are, by its name."""
+    return name.endswith(WEIGHT_SUFFIXES)
+
+
 def by_index(
     root: Path, shards: list[str], use_index: bool, oddities: list[str]
 ) -> tuple[list[str], dict[str, str] | None]:
@@ -234,6 +239,6 @@ def other_files(root: Path) -> tuple[list[str], list[str]]:
             path = Path(folder, name)
             if path == root / RECORD:  # of the source; the output has one of its own
                 continue
-            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES) and path.is_file():
+            if not name.startswith(".") and not is_weights(name) and path.is_file():
                 (elsewhere if leads_out(root, path) else found).append(str(path.relative_to(root)))
     return found, elsewhere

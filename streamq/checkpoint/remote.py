@@ -23,7 +23,7 @@ from .held import NOTHING, Held, Request, pieces, requests
 from .spool import Spool
 from .store import Array, LocalFiles, Reader, Remote, Span, Stop
 
-#: Connections at once; one of the Hub gives some 50 MB/s.
+#: Connections at once: more than threads, as one alone is bound by the way to it and back.
 CONNECTIONS = 16
 #: What is fetched around a small read that nobody told of, and how much of it is kept.
 AROUND, AROUNDS = 1 << 20, 32

@@ -198,9 +198,10 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     )  # fmt: skip
 
 
-def open_source(src: str) -> Checkpoint:
+def open_source(src: str, **how: Any) -> Checkpoint:
     """Open a source, which may be on the Hub, as the options of the command say."""
     from streamq.checkpoint import open_checkpoint
 
     said = click.get_current_context().meta
-    return open_checkpoint(src, spool=said["streamq.spool"], spool_dir=said["streamq.spool_dir"])
+    how |= {"spool": said["streamq.spool"], "spool_dir": said["streamq.spool_dir"]}
+    return open_checkpoint(src, **how)

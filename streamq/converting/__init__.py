@@ -6,22 +6,24 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from streamq.checkpoint import SPOOL, Checkpoint
-from streamq.errors import PlanError
+from streamq.hub import Committed
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
-from streamq.writer import Destination, check_destination, same_disk
+from streamq.writer import Destination, HubDestination, Upload, place_of
 
+from .card import card_of
 from .devices import Means, is_quantized, means
 from .finish import finish
 from .jobs import JOB
 from .origin import identity_of, origin_of
+from .places import Output, check_outputs, destination_of
 from .reads import traffic_of
 from .run import Run, Target
 from .worker import Progress
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 __all__ = [
-    "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
-    "default_workers", "means_of", "repeat",
+    "Means", "Output", "Progress", "Settings", "Summary", "Upload", "check_outputs", "convert",
+    "convert_all", "default_workers", "means_of", "repeat",
 ]  # fmt: skip
 
 #: Kernels that are in the cache on disk load in well under this; compiling takes longer.
@@ -49,7 +51,8 @@ class Settings:
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
     as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``spool``: bytes on disk, in
-    ``spool_dir``, of what a source on the Hub sent and is needed again.
+    ``spool_dir``, of what a source on the Hub sent and is needed again. ``upload``: for outputs on
+    the Hub.
     """
 
     workers: int | None = None
@@ -66,14 +69,7 @@ class Settings:
     device_memory: int | None = None
     spool: int = SPOOL
     spool_dir: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A plan and the directory that it is carried out to."""
-
-    plan: Plan
-    dst: Path
+    upload: Upload = field(default_factory=Upload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,8 @@ class Summary:
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
     run had written. ``remarks``: sentences about devices. ``downloaded``: bytes that came from
-    the Hub, for all outputs together; None for a source on this machine.
+    the Hub, for all outputs together; None for a source on this machine. ``committed``: where an
+    output on the Hub is.
     """
 
     bytes_in: int
@@ -95,6 +92,7 @@ class Summary:
     resumed: int = 0
     remarks: tuple[str, ...] = ()
     downloaded: int | None = None
+    committed: Committed | None = None
 
 
 def default_workers() -> int:
@@ -105,8 +103,8 @@ def default_workers() -> int:
 def convert(
     source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
 ) -> Summary:
-    """Write the checkpoint that ``plan`` describes to the directory ``dst``."""
-    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings)
+    """Write the checkpoint that ``plan`` describes to ``dst``, a directory or ``hf://org/repo``."""
+    (summary,) = convert_all(source, [Output(plan, place_of(dst, settings.upload))], settings)
     return summary
 
 
@@ -122,7 +120,7 @@ def convert_all(
     means = means_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
-    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
+    targets = [destination_of(o, s.overwrite, s.sync, s.sha256) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
     prints = source.fingerprint()
@@ -138,13 +136,19 @@ def convert_all(
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
+        losses = dict(zip((id(t) for _, t in work), run.measured, strict=True))
         for output, target in pairs:
+            if isinstance(target, HubDestination):
+                if count := target.outlet.left:
+                    _say(s, f"{target.name}: {count} converted shards are on their way there")
+                quality, _ = losses.get(id(target), (None, 0))
+                target.write_card(card_of(source, output, quality))
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:
             if target.begun and target.partial.exists():
                 e.add_note(
-                    f"{target.dst} was not written; {target.partial} stays, the same command goes "
+                    f"{target.name} was not written; {target.partial} stays, the same command goes "
                     "on from there."
                 )
         raise
@@ -158,7 +162,8 @@ def convert_all(
     backend = means.backend(cpu)
     remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
-    for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
+    for (output, target), before in zip(pairs, resumed, strict=True):
+        plan = output.plan
         ran, (quality, rounded) = (
             ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
         )
@@ -174,6 +179,7 @@ def convert_all(
                 before,
                 remarks,
                 None if source.remote is None else source.received,
+                target.committed,
             )
         )
     return summaries
@@ -226,31 +232,6 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
         settings.stats,
     )  # fmt: skip
     return replace(found, traffic=traffic)
-
-
-def refuse_entangled(folders: list[Path]) -> None:
-    """Raise PlanError where one output would lie in another, or be built where another is."""
-    taken: list[tuple[Path, Path]] = []
-    for folder in folders:
-        places = [folder.resolve(), folder.with_name(folder.name + ".partial").resolve()]
-        for place in places:
-            for other, of in taken:
-                if place == other or place in other.parents or other in place.parents:
-                    raise PlanError(f"the outputs {of} and {folder} overlap; choose other places.")
-        taken += [(place, folder) for place in places]
-
-
-def check_outputs(outputs: list[Output], overwrite: bool) -> int:
-    """Everything about the destinations that can be known before writing.
-
-    Returns the free bytes of the first. Raises WriteError; those on one disk share it.
-    """
-    refuse_entangled([o.dst for o in outputs])
-    free = []
-    for o in outputs:
-        together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
-        free.append(check_destination(o.dst, together, overwrite))
-    return free[0]
 
 
 def _load_kernels(

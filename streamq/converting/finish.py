@@ -21,6 +21,8 @@ def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -
         for name in [*source.others, *index]:
             target.copy_file(source.root / name, name)
         for name in source.files:
+            if target.outlet is not None and not target.is_complete(name):
+                target.outlet.make_room(source.size(name))
             if source.remote is None:
                 target.copy_file(source.root / name, name, keep=True)
             else:

@@ -42,11 +42,12 @@ from .types import (
     slab_rows,
 )
 from .ways import expert_warnings, recipe_warnings
+from .words import format_name, numbers_text, scheme_text
 
 __all__ = [
-    "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "cuts_of", "make_plan", "refuse_overlap", "slab_rows", "spelled", "straight", "transposed",
-    "unspelled", "weights_in",
+    "MAX_MEMORY", "QUANTIZATION_FILES", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan",
+    "Target", "Weights", "cuts_of", "format_name", "make_plan", "numbers_text", "refuse_overlap",
+    "scheme_text", "slab_rows", "spelled", "straight", "transposed", "unspelled", "weights_in",
 ]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         shards=shards,
         config=config,
         files=files,
-        others=[name for name in source.others if not name.startswith(_QUANTIZATION_FILES)],
+        others=[name for name in source.others if not name.startswith(QUANTIZATION_FILES)],
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=unquantized,
         warnings=warnings,
@@ -233,7 +234,7 @@ def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> 
 
 
 #: What other tools say of a quantization beside config.json; loaders believe these files.
-_QUANTIZATION_FILES = (
+QUANTIZATION_FILES = (
     "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description",
 )  # fmt: skip
 #: The last is MindIE's.

@@ -67,6 +67,7 @@ class _Comparison:
     """In place of a Destination: compares what would be written with what is there."""
 
     goes_on = False
+    outlet = None
 
     def __init__(self, out: Checkpoint) -> None:
         self._out = out

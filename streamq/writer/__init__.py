@@ -16,9 +16,13 @@ from .destination import (
 )
 from .growing import GrowingShard
 from .header import build_header, quoted
+from .places import HubPlace, Place, Upload, place_of, refuse_unused
 from .shard import ShardWriter, Unit, joined
+from .uploading import CARD, SHARDS, HubDestination, check_branch
 
 __all__ = [
-    "Destination", "GrowingShard", "ShardWriter", "Unit", "build_header", "check_destination",
-    "existing_parent", "free_bytes", "joined", "partial_bytes", "quoted", "same_disk",
+    "CARD", "SHARDS", "Destination", "GrowingShard", "HubDestination", "HubPlace", "Place",
+    "ShardWriter", "Unit", "Upload", "build_header", "check_branch", "check_destination",
+    "existing_parent", "free_bytes", "joined", "partial_bytes", "place_of", "quoted",
+    "refuse_unused", "same_disk",
 ]  # fmt: skip

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamq.errors import WriteError
+from streamq.errors import AddressError, WriteError
+from streamq.hub import Committed
 from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, Running, record_text
 
@@ -19,13 +20,19 @@ from .disk import SyncPool, lock, naming, write_all
 from .growing import GrowingShard
 from .partial import Partial
 from .shard import COPY, ShardWriter, sha256_of
+from .uploader import Uploader
 
 
 class Destination:
     """The directory ``DST``, built in ``DST.partial/output``, with a journal beside it.
 
     ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
+    ``outlet``: what takes complete shards off the disk, where they go on from there, and then
+    ``committed``: where the output is in the end.
     """
+
+    outlet: Uploader | None = None
+    committed: Committed | None = None
 
     def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
         self.dst = dst
@@ -38,6 +45,11 @@ class Destination:
         self._sha256 = sha256
         self._lock = -1
         self._state: Partial | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.dst)
 
     @property
     def state(self) -> Partial:
@@ -104,7 +116,7 @@ class Destination:
         done = size_text(sum(map(self.bytes_of, names)))
         complete = sum(map(self.is_complete, names))
         return (
-            f"resuming {self.dst}: {complete} of {len(names)} shards, {done} of "
+            f"resuming {self.name}: {complete} of {len(names)} shards, {done} of "
             f"{size_text(total)} done"
         )
 
@@ -208,8 +220,10 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
     """Everything about ``DST`` that can be known before writing; returns the free bytes.
 
     Raises WriteError if it exists without ``overwrite``, cannot be made there, or the
-    disk has less than ``need`` bytes free.
+    disk has less than ``need`` bytes free; AddressError for an address of the Hub.
     """
+    if str(dst).startswith("hf:/"):
+        raise AddressError(f"{dst}: only `streamq convert` writes to the Hub; give a directory.")
     if os.path.lexists(dst) and not overwrite:
         raise WriteError(f"{dst}: already exists; give another name, or --overwrite to replace it.")
     parent = existing_parent(dst)
