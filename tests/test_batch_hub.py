@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from batches import batch, cli_run, start, states, write_source
 from hub_stand_in import HubStandIn
+from hub_uploads import Uploads
 from small_units import contents
 
 import streamq
@@ -24,10 +25,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tmp").mkdir()
     with HubStandIn() as hub:
+        hub.uploads = Uploads(hub)
         for seed, name in enumerate(NAMES):
             hub.commit_folder(name, write_source(tmp_path / "sources" / name, seed, rows=4096))
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "me")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
         monkeypatch.setattr(batch_types, "FIRST", 0.01)
         yield hub
@@ -127,3 +132,52 @@ def test_a_directory_wins_and_an_address_forces_the_hub(hub, tmp_path):
     found = batch(Processes(), names=("hf://org/a",), schemes=("nvfp4",), out="there")
     assert states(found) == ["done"]
     assert contents(Path("here")) != contents(Path("there"))
+
+
+# --- outputs on the Hub -----------------------------------------------------------------------
+
+TO_HUB = ["-", "--scheme", "nvfp4", "--out", "hf://me/{name}-nvfp4", "--private"]
+
+
+def output_of(hub, repo):
+    files = hub.uploads.files(repo, "main")
+    return {
+        name: data for name, data in files.items() if name not in (".gitattributes", "README.md")
+    }
+
+
+def test_outputs_on_the_hub(hub):
+    result = cli_run(*TO_HUB, "--json", lines=NAMES)
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {said["dst"] for said in found} == {"hf://me/a-nvfp4", "hf://me/b-nvfp4"}
+    assert all("url" in said for said in found)
+    for name in NAMES:
+        streamq.convert(f"hf://{name}", f"single/{name}", "nvfp4", settings=Settings(sync=False))
+        repo = f"me/{name[-1]}-nvfp4"
+        assert output_of(hub, repo) == contents(Path("single") / name)
+        assert hub.repos[repo].private
+        card = hub.uploads.files(repo, "main")["README.md"].decode()
+        assert f"streamq convert hf://{name} hf://{repo} --scheme nvfp4" in card
+    requests = len(hub.log)
+    result = cli_run(*TO_HUB, lines=NAMES)
+    assert result.stdout.count("done before") == 2
+    assert len(hub.log) == requests
+    Path("streamq-batch.state").unlink()
+    result = cli_run(*TO_HUB, lines=NAMES)
+    assert result.exit_code == 1
+    assert "me/a-nvfp4: has " in result.stderr
+
+
+@pytest.mark.parametrize("line", ["begun", "nothing"])
+def test_a_commit_that_was_not_noted(hub, line):
+    """A kill between the commit and the note of it."""
+    cli_run(*TO_HUB, lines=NAMES[:1])
+    state = Path("streamq-batch.state")
+    raw = state.read_bytes().splitlines(keepends=True)
+    assert len(raw) == 3
+    state.write_bytes(b"".join(raw[: 2 if line == "begun" else 1]))
+    before = len(hub.uploads.uploaded)
+    result = cli_run(*TO_HUB, lines=NAMES[:1])
+    assert result.exit_code == (0 if line == "begun" else 1)
+    assert len(hub.uploads.uploaded) == before

@@ -222,6 +222,10 @@ MALFORMED = {
     "a source in an output": (
         'scheme = "nvfp4"\n[[source]]\nsrc = "meta/local"\nout = "y"\n[[source]]\n'
         'src = "a/c"\nout = "meta"', "meta/local lies in the output of jobs.toml, source 2"),
+    "a branch in out": ('out = "hf://me/x@v1"\nscheme = "nvfp4"\nsources = ["a/b"]',
+                        "sources 1: .* give the branch with --branch v1"),
+    "a repository of two jobs": ('out = "hf://me/x"\nscheme = "nvfp4"\nsources = ["a/b", "a/c"]',
+                                 "sources 2: nvfp4 would go to hf://me/x, as"),
     "jobs": (GOOD + 'jobs = 0\nsources = ["a/b"]', "jobs must be 1 or more"),
     "retries": (GOOD + 'retries = -1\nsources = ["a/b"]', "retries must be 0 or more"),
     "a size": (GOOD + 'max_disk = "much"\nsources = ["a/b"]', "max_disk must be a size like"),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamq.hub import is_hub
 from streamq.tensors import size_text
 from streamq.writer import existing_parent, partial_bytes
 
@@ -16,7 +15,7 @@ from streamq.writer import existing_parent, partial_bytes
 class Need:
     """What a conversion needs, in bytes.
 
-    ``memory``: the least for its buffers. ``disk``: destinations, each with what is written there.
+    ``memory``: the least for its buffers. ``disk``: places of outputs with what is written there.
     """
 
     memory: int
@@ -74,9 +73,8 @@ class Budget:
         disks: dict[int, tuple[Path, list[tuple[str, int]]]] = {}
         for n in (need, *others):
             for dst, size in n.disk:
-                if not is_hub(dst):
-                    place = existing_parent(Path(dst))
-                    disks.setdefault(place.stat().st_dev, (place, []))[1].append((dst, size))
+                place = existing_parent(Path(dst))
+                disks.setdefault(place.stat().st_dev, (place, []))[1].append((dst, size))
         for place, outputs in disks.values():  # those of others are within what is free
             free = shutil.disk_usage(place).free + sum(partial_bytes(Path(d)) for d, _ in outputs)
             if (total := sum(size for _, size in outputs)) > free:

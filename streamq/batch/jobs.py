@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from streamq.errors import PlanError, StreamqError
-from streamq.hub import HubPath, is_hub, parse_hub
+from streamq.hub import is_hub, parse_hub
 from streamq.tables import Table, read_table, read_text
+from streamq.writer import place_of
 
 from .template import LONGEST, check_template, filled, values_of
 
@@ -44,7 +45,7 @@ class Job:
     @property
     def key(self) -> str:
         """What tells it from all other jobs: where its output goes."""
-        return place_of(self.dst)
+        return str(parse_hub(self.dst)) if is_hub(self.dst) else os.path.realpath(self.dst)
 
     @property
     def label(self) -> str:
@@ -179,8 +180,10 @@ def _expanded(source: _Source, top: Mapping[str, Any], checked: set[str]) -> Ite
                         mine.pop(key, None)
             _check(mine, where, checked)
             dst = filled(template, values_of(src, mine), where)
-            if is_hub(dst):
-                _address(dst, where)
+            try:
+                place_of(dst)
+            except StreamqError as e:
+                raise PlanError(f"{where}: {e}") from None
             yield Job(where, src, dst, mine)
 
 
@@ -215,14 +218,6 @@ def _address(text: str, where: str) -> str:
         return str(parse_hub(text))
     except StreamqError as e:
         raise PlanError(f"{where}: {e}") from None
-
-
-def place_of(dst: str) -> str:
-    """A destination as it is compared with others: absolute, or the address without a revision."""
-    if is_hub(dst):
-        address = parse_hub(dst)
-        return str(HubPath(address.repo, None, address.folder))
-    return os.path.realpath(dst)
 
 
 def _check(how: Mapping[str, Any], where: str, checked: set[str]) -> None:

@@ -10,27 +10,27 @@ from typing import Any
 
 from streamq.api import options
 from streamq.checkpoint import Checkpoint, open_checkpoint
-from streamq.converting import Settings
+from streamq.converting import Settings, Upload, check_outputs
 from streamq.converting.origin import origin_of
 from streamq.converting.reads import traffic_of
-from streamq.errors import PlanError, StreamqError
-from streamq.hub import is_hub
-from streamq.planning import Plan, make_plan
-from streamq.show.plans import format_of
+from streamq.errors import CheckpointError, PlanError
+from streamq.hub import Repository, is_hub, parse_hub
+from streamq.planning import Plan, format_name, make_plan
 from streamq.trust import RECORD, parse_record
-from streamq.writer import check_destination
 
 from .jobs import Job
 from .state import Known, State, asked_of, hash_of, record_of
+from .work import output_of
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A job that is to be done. Sizes in bytes.
 
-    ``disk``: what the output needs there. ``memory``: the buffers of one thread, the least that
-    the conversion works with, and ``held``, what it holds of a source on the Hub, of which it
-    fetches ``download``. ``known``: what the state will say when it has begun.
+    ``disk``: the place of the output, or of its way to the Hub, and what it needs there.
+    ``memory``: the buffers of one thread, the least that the conversion works with, and ``held``,
+    what it holds of a source on the Hub, of which it fetches ``download``. ``known``: what the
+    state will say when it has begun.
     """
 
     job: Job
@@ -38,7 +38,7 @@ class Planned:
     format: str
     bytes_in: int
     bytes_out: int
-    disk: int
+    disk: tuple[str, int]
     memory: int
     held: int
     download: int
@@ -51,7 +51,7 @@ class Planned:
         """What there is to say of the plan."""
         return {
             "dst": self.job.dst, "scheme": self.scheme, "format": self.format,
-            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "disk_needed": self.disk,
+            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "disk_needed": self.disk[1],
             "buffers": self.memory + self.held, "download": self.download,
             "quantized": self.quantized, "warnings": list(self.warnings), "notes": list(self.notes),
         }  # fmt: skip
@@ -98,35 +98,36 @@ def _look(
         same
         and known is not None
         and known.state == "begun"
-        and _appeared(job, known, plan, prints)
+        and _appeared(job, known, plan, prints, settings.upload)
     ):
         result = {"bytes_in": plan.bytes_in, "bytes_out": plan.bytes_out,
-                  "scheme": plan.scheme_names, "format": format_of(plan)}  # fmt: skip
-        state.note(job, Known("done", asked, now, record_of(job.dst), result))
+                  "scheme": plan.scheme_names, "format": format_name(plan)}  # fmt: skip
+        record = None if is_hub(job.dst) else record_of(job, settings.upload)
+        state.note(job, Known("done", asked, now, record, result))
         return _kept(job, state)
-    if os.path.lexists(job.dst) and not settings.overwrite:
+    if not is_hub(job.dst) and os.path.lexists(job.dst) and not settings.overwrite:
         raise PlanError(_in_the_way(job, known, asked, now))
-    check_destination(Path(job.dst), plan.disk_needed, settings.overwrite)
+    output = output_of(job.src, job.dst, job.how, plan, settings.upload)
+    check_outputs([output], settings.overwrite)
     traffic = traffic_of([plan])
     held, download = (traffic.held, traffic.fetched) if traffic else (0, 0)
     plan.workers_within(1, settings.max_memory, held)
     return Planned(
-        job, plan.scheme_names, format_of(plan), plan.bytes_in, plan.bytes_out, plan.disk_needed,
+        job, plan.scheme_names, format_name(plan), plan.bytes_in, plan.bytes_out,
+        (str(output.folder), output.disk_needed),
         plan.slab_memory, held, download,
         sum(len(w.sources) for s in plan.shards for w in s.weights),
         tuple(plan.warnings), tuple(plan.notes),
-        Known("begun", asked, now, record_of(job.dst), {}),
+        Known("begun", asked, now, record_of(job, settings.upload), {}),
     )  # fmt: skip
 
 
 def _is_done(job: Job, state: State) -> bool:
     """Whether an earlier run did what is asked for now, and the output is as it left it."""
     known = state.of(job)
-    return (
-        known is not None and known.state == "done" and known.asked == asked_of(job)
-        and (is_hub(job.dst) or known.record is not None)
-        and record_of(job.dst) == known.record
-    )  # fmt: skip
+    if known is None or known.state != "done" or known.asked != asked_of(job):
+        return False
+    return is_hub(job.dst) or known.record == (record_of(job, Upload()) or "")
 
 
 def _kept(job: Job, state: State) -> Kept:
@@ -135,14 +136,22 @@ def _kept(job: Job, state: State) -> Kept:
     return Kept(job, known.result)
 
 
-def _appeared(job: Job, known: Known, plan: Plan, prints: dict[str, Any]) -> bool:
+def _appeared(
+    job: Job, known: Known, plan: Plan, prints: dict[str, Any], upload: Upload
+) -> bool:  # fmt: skip
     """Whether the output came to be after the job had begun: only the note of it is missing."""
-    if is_hub(job.dst) or record_of(job.dst) in (None, known.record):
+    if record_of(job, upload) in (None, known.record):
         return False
+    if is_hub(job.dst):
+        repository = Repository(parse_hub(job.dst)._replace(revision=upload.branch))
+        raw = bytearray()
+        size = repository.files[RECORD].size
+        repository.read(RECORD, 0, size, lambda at, piece: raw.extend(piece))
+    else:
+        raw = bytearray((Path(job.dst) / RECORD).read_bytes())
     try:
-        about = parse_record((Path(job.dst) / RECORD).read_bytes()).about
-        return hash_of(about) == hash_of(origin_of(plan, prints))
-    except StreamqError:
+        return hash_of(parse_record(bytes(raw)).about) == hash_of(origin_of(plan, prints))
+    except CheckpointError:
         return False
 
 

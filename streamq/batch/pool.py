@@ -6,18 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from streamq.converting import default_workers
-from streamq.errors import PlanError, Stopped
+from streamq.errors import PlanError, Stopped, StreamqError
 from streamq.hub import is_hub
 
 from .budget import Budget, Need, total_lack
 from .look import Planned
 from .state import State, record_of
 from .types import How, Outcome, Task, Watch, pause_after
-from .work import Engine, JobError, Work, failure_of
+from .work import Engine, JobError, Work, failure_of, settings_json
 
 
 class Pool:
@@ -123,13 +123,11 @@ class Pool:
             s, workers=max(1, threads // at_once), max_memory=memory, spool=s.spool // at_once,
             restart=s.restart and task.tries == 1,
         )  # fmt: skip
-        said = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        del said["progress"], said["notify"]
         outputs = tuple((p.job.dst, p.job.how) for p in task.planned)
         self._watch.begins(task)
         try:
             made = self._engine.carry_out(
-                Work(task.src, outputs, said),
+                Work(task.src, outputs, settings_json(settings)),
                 lambda n, name: self._watch.advances(task, n, name),
                 lambda line: self._watch.says(task.src, line),
             )
@@ -142,7 +140,8 @@ class Pool:
             self._done(p, result, task.tries)
 
     def _done(self, p: Planned, result: dict[str, Any], tries: int) -> None:
-        known = replace(p.known, state="done", record=record_of(p.job.dst), result=result)
+        record = None if is_hub(p.job.dst) else record_of(p.job, self._how.settings.upload)
+        known = replace(p.known, state="done", record=record, result=result)
         self._state.note(p.job, known)
         self._end(Outcome(p.job, "done", p.to_json() | result, None, tries))
 
@@ -151,7 +150,7 @@ class Pool:
 
         Outputs get their names one after the other, so that some may be there.
         """
-        there = [p for p in task.planned if record_of(p.job.dst) not in (None, p.known.record)]
+        there = [p for p in task.planned if self._is_there(p)]
         for p in there:
             self._done(p, {}, task.tries)
         task.planned = [p for p in task.planned if p not in there]
@@ -170,6 +169,13 @@ class Pool:
                 return
             task.not_before = time.monotonic() + seconds
             self._waiting.append(task)
+
+    def _is_there(self, p: Planned) -> bool:
+        """Whether an output appeared all the same."""
+        try:
+            return record_of(p.job, self._how.settings.upload) not in (None, p.known.record)
+        except StreamqError:
+            return False
 
     def _fail(self, task: Task, error: JobError) -> None:
         """A task has failed for good; without ``continue_on_error`` no other begins."""

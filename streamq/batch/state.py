@@ -19,6 +19,7 @@ from typing import Any, Literal
 from streamq.errors import PlanError, WriteError
 from streamq.hub import is_hub
 from streamq.trust import RECORD, Journal, crc32, read_journal
+from streamq.writer import HubPlace, Upload, place_of
 from streamq.writer.disk import naming
 
 from .jobs import Job
@@ -34,8 +35,8 @@ class Known:
     """What is known of a job from earlier runs.
 
     ``asked``: what was asked for, ``source``: as it was then, both as ``Job`` and ``fingerprint``
-    say them, hashed; ``source`` is None on the Hub. ``record``: the checksum of the output's
-    streamq.json, of a job that has begun that of the output it replaces; None without one.
+    say them, hashed; ``source`` is None on the Hub. ``record``: see ``record_of``, of a job that
+    has begun that of the output it replaces; None for one that is done on the Hub.
     ``result``: what the conversion said in the end.
     """
 
@@ -126,10 +127,15 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def record_of(dst: str) -> str | None:
-    """The checksum of an output's streamq.json; None where there is none."""
-    if is_hub(dst):
-        return None
+def record_of(job: Job, upload: Upload) -> str | None:
+    """What tells one output from another: of its streamq.json the checksum, or the id on the Hub.
+
+    None where there is none. Raises HubError.
+    """
+    place = place_of(job.dst, upload)
+    if isinstance(place, HubPlace):
+        found = place.branch.look(place.branch.branch)
+        return None if found is None else found.files.get(RECORD)
     with contextlib.suppress(OSError):
-        return f"{crc32((Path(dst) / RECORD).read_bytes()):08x}"
+        return f"{crc32((place / RECORD).read_bytes()):08x}"
     return None

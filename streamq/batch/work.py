@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamq.api import options
+from streamq.checkpoint import open_checkpoint
+from streamq.converting import Output, Settings, Upload, convert_all
 from streamq.errors import StreamqError
+from streamq.hub import is_hub
+from streamq.planning import Plan, make_plan
+from streamq.show import summary_json
+from streamq.writer import place_of
 
 #: Errors of files that pass: of network file systems and connections. EIO is what NFS and FUSE say
 #: of a server that is away; a disk that is broken says it again, and only the retries are lost.
@@ -31,8 +39,8 @@ class JobError(StreamqError):
 class Work:
     """A source with one output or several, read once.
 
-    ``outputs``: destinations with keywords of ``streamq.api.options``. ``settings``: fields of
-    ``streamq.converting.Settings`` but for its callbacks. All of it can be written as JSON.
+    ``outputs``: destinations with keywords of ``streamq.api.options``. ``settings``: see
+    ``settings_json``. All of it can be written as JSON.
     """
 
     src: str
@@ -46,38 +54,67 @@ class Work:
 
 #: Called with what a conversion has done: bytes of the source, the name of a tensor; by any thread.
 Progress = Callable[[int, str], None]
+#: Called with sentences for people.
+Notify = Callable[[str], None]
 
 
 class Engine(Protocol):
     """Where conversions are carried out; called by as many threads as run at once."""
 
-    def carry_out(
-        self, work: Work, progress: Progress, notify: Callable[[str], None]
-    ) -> list[dict[str, Any]]:
+    def carry_out(self, work: Work, progress: Progress, notify: Notify) -> list[dict[str, Any]]:
         """What ``carry_out`` of this module returns. Raises JobError, Stopped after ``stop``."""
 
     def stop(self) -> None:
         """End what runs as soon as possible; it can be gone on with later."""
 
 
-def carry_out(
-    work: Work, progress: Progress, notify: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Convert; of each output what ``convert --json`` prints, without single tensors."""
-    from streamq.api import options
-    from streamq.checkpoint import open_checkpoint
-    from streamq.converting import Output, Settings, convert_all
-    from streamq.planning import make_plan
-    from streamq.show import summary_json
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """Settings without their callbacks, as JSON."""
+    found = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    del found["progress"], found["notify"]
+    upload = asdict(settings.upload)
+    upload["work_dir"] = upload["work_dir"] and str(upload["work_dir"])
+    folder = settings.spool_dir and str(settings.spool_dir)
+    return {**found, "spool_dir": folder, "upload": upload}
 
-    settings = Settings(**work.settings, progress=progress, notify=notify)
+
+def settings_of(said: Mapping[str, Any], progress: Progress, notify: Notify) -> Settings:
+    """The inverse of ``settings_json``."""
+    upload, folder = dict(said["upload"]), said["spool_dir"]
+    upload["work_dir"] = upload["work_dir"] and Path(upload["work_dir"])
+    return Settings(**{
+        **said, "upload": Upload(**upload), "spool_dir": folder and Path(folder),
+        "progress": progress, "notify": notify,
+    })  # fmt: skip
+
+
+def output_of(src: str, dst: str, how: Mapping[str, Any], plan: Plan, upload: Upload) -> Output:
+    """A plan and the place of its output; the card of one on the Hub says how to make it again."""
+    return Output(plan, place_of(dst, replace(upload, command=_command(src, dst, how))))
+
+
+def carry_out(work: Work, progress: Progress, notify: Notify) -> list[dict[str, Any]]:
+    """Convert; of each output what ``convert --json`` prints, without single tensors."""
+    settings = settings_of(work.settings, progress, notify)
     with open_checkpoint(work.src, spool=settings.spool, spool_dir=settings.spool_dir) as source:
         outputs = [
-            Output(make_plan(source, options(**how)), Path(dst)) for dst, how in work.outputs
+            output_of(work.src, dst, how, make_plan(source, options(**how)), settings.upload)
+            for dst, how in work.outputs
         ]
         summaries = convert_all(source, outputs, settings)
     made = [summary_json(o, s) for o, s in zip(outputs, summaries, strict=True)]
     return [{k: v for k, v in m.items() if k != "sqnr_db_by_tensor"} for m in made]
+
+
+def _command(src: str, dst: str, how: Mapping[str, Any]) -> str:
+    """What makes the same output, without what only this machine has."""
+    words = ["streamq", "convert", src if is_hub(src) else Path(src).resolve().name, dst]
+    for key, value in how.items():
+        for one in value if isinstance(value, tuple) else [value]:
+            if one is not None and one is not False and key != "check_tp":
+                words.append("--" + key.replace("_", "-"))
+                words += [] if one is True else [Path(one).name if key == "recipe" else str(one)]
+    return shlex.join(words)
 
 
 def failure_of(error: BaseException) -> JobError:

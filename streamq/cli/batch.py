@@ -25,6 +25,7 @@ from .options import (
     size,
     source_options,
 )
+from .upload import branch_options, upload_of
 
 #: What standard input is called, and where its state is.
 STDIN, STDIN_STATE = "standard input", "streamq-batch.state"
@@ -104,6 +105,7 @@ def _several(
 @machine_options
 @device_options
 @source_options
+@branch_options
 @dry_run_option
 @resumed_options
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
@@ -120,6 +122,7 @@ def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
     from streamq import show
     from streamq.batch import Processes, State, plan_all, read_jobs, run
     from streamq.batch.watching import watching
+    from streamq.writer import place_of, refuse_unused
 
     ctx = click.get_current_context()
     given = {k for k in o if ctx.get_parameter_source(k) == ParameterSource.COMMANDLINE}
@@ -127,6 +130,7 @@ def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
     asked = read_jobs(STDIN if lines is not None else jobs_file, lines, _over(o, given))
     o |= {k: v for k, v in asked.run.items() if k not in given}
     how, jobs = _how(o), asked.jobs
+    refuse_unused(how.settings.upload, [place_of(job.dst) for job in jobs])
     state = State(Path(o["state"] or _state_of(jobs_file)), dry=o["dry_run"])
     try:
         with watching(len(jobs), o["quiet"], o["as_json"]) as watch:
@@ -180,7 +184,8 @@ def _how(o: dict[str, Any]) -> Any:
 
     said = click.get_current_context().meta
     spool = {k: said[f"streamq.{k}"] for k in ("spool", "spool_dir")}
-    settings = replace(settings_of(o), **spool)
+    upload = upload_of({**o, "base_model": None, "max_disk": None})
+    settings = replace(settings_of(o), upload=upload, **spool)
     return How(o["jobs"], o["retries"], o["continue_on_error"], o["max_disk"], settings)
 
 
