@@ -22,7 +22,7 @@ from small_units import contents
 import streamq
 from streamq.batch import How, JobError, Processes, State, read_jobs, run
 from streamq.batch import types as batch_types
-from streamq.batch.budget import Budget, Need
+from streamq.batch.budget import Budget, Need, Space
 from streamq.batch.state import Known
 from streamq.batch.watching import Bars, watching
 from streamq.cli import cli
@@ -410,7 +410,7 @@ def test_disks_that_do_not_hold_all_outputs(monkeypatch):
 
 
 needs = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(
-    lambda n: Need(n[0], (("out", n[1]),))
+    lambda n: Need(n[0], (Space("out", n[1], True),))
 )
 
 

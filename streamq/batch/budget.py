@@ -5,26 +5,33 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from streamq.tensors import size_text
 from streamq.writer import existing_parent, partial_bytes
 
 
+class Space(NamedTuple):
+    """Bytes that are written at a place; ``stays``: after the conversion, too."""
+
+    place: str
+    nbytes: int
+    stays: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a conversion needs, in bytes.
-
-    ``memory``: the least for its buffers. ``disk``: places of outputs with what is written there.
-    """
+    """What a conversion needs. ``memory``: the least for its buffers, in bytes."""
 
     memory: int
-    disk: tuple[tuple[str, int], ...]
+    disk: tuple[Space, ...]
 
     @property
     def written(self) -> int:
-        """Bytes of all destinations."""
-        return sum(n for _, n in self.disk)
+        """Bytes on all disks."""
+        return sum(space.nbytes for space in self.disk)
 
 
 class Budget:
@@ -70,23 +77,22 @@ class Budget:
                     f"needs {size_text(need.written)} of disk, --max-disk is "
                     f"{size_text(self._disk)}."
                 )
-        disks: dict[int, tuple[Path, list[tuple[str, int]]]] = {}
-        for n in (need, *others):
-            for dst, size in n.disk:
-                place = existing_parent(Path(dst))
-                disks.setdefault(place.stat().st_dev, (place, []))[1].append((dst, size))
-        for place, outputs in disks.values():  # those of others are within what is free
-            free = shutil.disk_usage(place).free + sum(partial_bytes(Path(d)) for d, _ in outputs)
-            if (total := sum(size for _, size in outputs)) > free:
+        disks: dict[int, list[Space]] = {}
+        for space in chain(need.disk, *(n.disk for n in others)):
+            disks.setdefault(existing_parent(Path(space.place)).stat().st_dev, []).append(space)
+        for spaces in disks.values():
+            first = Path(spaces[0].place)
+            free = shutil.disk_usage(existing_parent(first)).free
+            free += sum(partial_bytes(Path(space.place)) for space in spaces)
+            if (total := sum(space.nbytes for space in spaces)) > free:
                 beside = " together with what is running" if others else ""
                 return (
-                    f"{outputs[0][0]}: needs {size_text(total)}{beside}, the disk has "
-                    f"{size_text(free)} free."
+                    f"{first}: needs {size_text(total)}{beside}, the disk has {size_text(free)} "
+                    "free."
                 )
         return None
 
 
 def total_lack(needs: Sequence[Need]) -> str | None:
     """Why the disks do not hold all outputs; None where they do."""
-    every = Need(0, tuple(pair for need in needs for pair in need.disk))
-    return Budget(0, None).lacks(every)
+    return Budget(0, None).lacks(Need(0, tuple(d for need in needs for d in need.disk if d.stays)))

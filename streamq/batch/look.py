@@ -10,6 +10,7 @@ from typing import Any
 
 from streamq.api import options
 from streamq.checkpoint import Checkpoint, open_checkpoint
+from streamq.checkpoint.spool import spool_folder
 from streamq.converting import Settings, Upload, check_outputs
 from streamq.converting.origin import origin_of
 from streamq.converting.reads import traffic_of
@@ -18,6 +19,7 @@ from streamq.hub import Repository, is_hub, parse_hub
 from streamq.planning import Plan, format_name, make_plan
 from streamq.trust import RECORD, parse_record
 
+from .budget import Space
 from .jobs import Job
 from .state import Known, State, asked_of, hash_of, record_of
 from .work import output_of
@@ -27,7 +29,7 @@ from .work import output_of
 class Planned:
     """A job that is to be done. Sizes in bytes.
 
-    ``disk``: the place of the output, or of its way to the Hub, and what it needs there.
+    ``disk``: what the output needs there, or its way to the Hub, and what a source on the Hub does.
     ``memory``: the buffers of one thread, the least that the conversion works with, and ``held``,
     what it holds of a source on the Hub, of which it fetches ``download``. ``known``: what the
     state will say when it has begun.
@@ -38,7 +40,7 @@ class Planned:
     format: str
     bytes_in: int
     bytes_out: int
-    disk: tuple[str, int]
+    disk: tuple[Space, ...]
     memory: int
     held: int
     download: int
@@ -51,7 +53,8 @@ class Planned:
         """What there is to say of the plan."""
         return {
             "dst": self.job.dst, "scheme": self.scheme, "format": self.format,
-            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "disk_needed": self.disk[1],
+            "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
+            "disk_needed": sum(space.nbytes for space in self.disk),
             "buffers": self.memory + self.held, "download": self.download,
             "quantized": self.quantized, "warnings": list(self.warnings), "notes": list(self.notes),
         }  # fmt: skip
@@ -67,22 +70,24 @@ class Kept:
 
 def look(jobs: Sequence[Job], state: State, settings: Settings) -> list[Planned | Kept | Exception]:
     """What is to be done of the jobs of one source; for each that, or why it cannot be done."""
-    found: list[Planned | Kept | Exception] = []
     src = jobs[0].src
     if all(_is_done(job, state) for job in jobs) and not os.path.exists(src):
         return [_kept(job, state) for job in jobs]  # the source is gone, or on the Hub
     try:
-        source = open_checkpoint(src, spool=settings.spool, spool_dir=settings.spool_dir)
+        with open_checkpoint(src, spool=settings.spool, spool_dir=settings.spool_dir) as source:
+            prints = source.fingerprint()
+            return [_answer(job, source, prints, state, settings) for job in jobs]
     except Exception as e:
         return [e for _ in jobs]
-    with source:
-        prints = source.fingerprint()
-        for job in jobs:
-            try:
-                found.append(_look(job, source, prints, state, settings))
-            except Exception as e:
-                found.append(e)
-    return found
+
+
+def _answer(
+    job: Job, source: Checkpoint, prints: dict[str, Any], state: State, settings: Settings
+) -> Planned | Kept | Exception:
+    try:
+        return _look(job, source, prints, state, settings)
+    except Exception as e:
+        return e
 
 
 def _look(
@@ -90,16 +95,11 @@ def _look(
 ) -> Planned | Kept:
     asked, known = asked_of(job), state.of(job)
     now = None if is_hub(job.src) else hash_of(prints)  # a branch may move on
-    same = known is not None and known.asked == asked and known.source == now
+    same = known if known and known.asked == asked and known.source == now else None
     if same and _is_done(job, state):
         return _kept(job, state)
     plan = make_plan(source, options(**job.how))
-    if (
-        same
-        and known is not None
-        and known.state == "begun"
-        and _appeared(job, known, plan, prints, settings.upload)
-    ):
+    if same and same.state == "begun" and _appeared(job, same, plan, prints, settings.upload):
         result = {"bytes_in": plan.bytes_in, "bytes_out": plan.bytes_out,
                   "scheme": plan.scheme_names, "format": format_name(plan)}  # fmt: skip
         record = None if is_hub(job.dst) else record_of(job, settings.upload)
@@ -111,11 +111,14 @@ def _look(
     check_outputs([output], settings.overwrite)
     traffic = traffic_of([plan])
     held, download = (traffic.held, traffic.fetched) if traffic else (0, 0)
+    disk = [Space(str(output.folder), output.disk_needed, not is_hub(job.dst))]
+    if traffic:
+        folder = settings.spool_dir or spool_folder()
+        disk.append(Space(str(folder / "spool"), traffic.spooled, False))
     plan.workers_within(1, settings.max_memory, held)
     return Planned(
         job, plan.scheme_names, format_name(plan), plan.bytes_in, plan.bytes_out,
-        (str(output.folder), output.disk_needed),
-        plan.slab_memory, held, download,
+        tuple(disk), plan.slab_memory, held, download,
         sum(len(w.sources) for s in plan.shards for w in s.weights),
         tuple(plan.warnings), tuple(plan.notes),
         Known("begun", asked, now, record_of(job, settings.upload), {}),

@@ -13,7 +13,7 @@ from streamq.converting import default_workers
 from streamq.errors import PlanError, Stopped, StreamqError
 from streamq.hub import is_hub
 
-from .budget import Budget, Need, total_lack
+from .budget import Budget, total_lack
 from .look import Planned
 from .state import State, record_of
 from .types import How, Outcome, Task, Watch, pause_after
@@ -42,13 +42,14 @@ class Pool:
         A task that alone is too much for the budget goes in single jobs; one that cannot be
         carried out at all fails before any other begins.
         """
+        memory = self._how.settings.max_memory
         for task in tasks:
-            fits = self._fits(task.need)
+            fits = task.need.memory <= memory and self._budget.lacks(task.need) is None
             self._waiting += [task] if fits else [Task([p]) for p in task.planned]
-        for task in [t for t in self._waiting if not self._fits(t.need)]:
-            if task in self._waiting:
+        for task in self._waiting[:]:
+            if task in self._waiting and (why := self._budget.lacks(task.need)):
                 self._waiting.remove(task)
-                self._fail(task, JobError(self._budget.lacks(task.need) or "", False))
+                self._fail(task, JobError(why, False))
         lack = total_lack([t.need for t in self._waiting])
         if lack and not self._how.continue_on_error:
             raise PlanError(f"all outputs together: {lack} --continue-on-error makes what fits.")
@@ -60,11 +61,6 @@ class Pool:
             except BaseException:
                 self._halt()
                 raise
-
-    def _fits(self, need: Need) -> bool:
-        """Whether there is room while nothing else runs."""
-        memory = self._how.settings.max_memory
-        return need.memory <= memory and self._budget.lacks(need) is None
 
     def _halt(self) -> None:
         with self._changed:
@@ -101,8 +97,7 @@ class Pool:
                         self._running += 1
                         return task, *taken, at_once
                 if ready and not self._running:
-                    why = self._budget.lacks(ready[0].need)
-                    if why is not None:
+                    if why := self._budget.lacks(ready[0].need):
                         self._waiting.remove(ready[0])
                         self._fail(ready[0], JobError(why, False))
                     continue
@@ -116,9 +111,8 @@ class Pool:
         for p in task.planned:
             self._state.note(p.job, p.known)
         s = self._how.settings
-        threads = s.workers or default_workers() * (
-            2 if is_hub(task.src) else 1
-        )  # half wait for it
+        twice = 2 if is_hub(task.src) else 1  # half of them wait for it
+        threads = s.workers or twice * default_workers()
         settings = replace(
             s, workers=max(1, threads // at_once), max_memory=memory, spool=s.spool // at_once,
             restart=s.restart and task.tries == 1,
@@ -158,8 +152,7 @@ class Pool:
             return
         task.error = error
         if not error.transient or task.tries > self._how.retries:
-            with self._changed:
-                self._fail(task, error)
+            self._fail(task, error)
             return
         seconds = pause_after(task.tries)
         self._watch.pauses(task, str(error), seconds)
@@ -183,10 +176,12 @@ class Pool:
             known = replace(p.known, state="failed", result={"error": str(error)})
             self._state.note(p.job, known)
             self._end(Outcome(p.job, "failed", p.to_json(), str(error), task.tries))
-        if self._how.continue_on_error or self._over:
-            return
-        self._over = True
-        left, self._waiting = self._waiting, []
+        with self._changed:
+            if self._how.continue_on_error or self._over:
+                return
+            self._over = True
+            left, self._waiting = self._waiting, []
+            self._changed.notify_all()
         for other in left:
             if other.error is not None:
                 self._fail(other, other.error)

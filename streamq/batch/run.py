@@ -42,13 +42,12 @@ def plan_all(
                 raise Stopped
         return found
 
-    with ThreadPoolExecutor(LOOKING) as pool:
-        try:
-            found = [x for group in pool.map(of, groups.values()) for x in group]
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(LOOKING, "plan")
+    try:
+        found = [x for group in pool.map(of, groups.values()) for x in group]
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the Hub
     by_key = {job.key: x for job, x in zip(_flat(groups.values()), found, strict=True)}
     return [by_key[job.key] for job in jobs]
 

@@ -107,11 +107,14 @@ def _lock(fd: int, path: Path) -> None:
 
 
 def asked_of(job: Job) -> str:
-    """A hash of the source's name and the options; recipes by what is in them.
+    """A hash of the source's name and what decides the output; recipes by what is in them.
 
     Raises PlanError for a recipe that cannot be read.
     """
-    how = {k: v for k, v in job.how.items() if v not in (None, (), False)}
+    how = {
+        k: v for k, v in job.how.items()
+        if k != "check_tp" and v not in (None, ()) and v is not False
+    }  # fmt: skip
     if "recipe" in how:
         try:
             raw = Path(how["recipe"]).read_bytes()

@@ -90,7 +90,7 @@ class Task:
         """What it takes to carry them out together."""
         held = max(JOB if len(self.planned) > 1 else 0, *(p.held for p in self.planned))
         memory = max(p.memory for p in self.planned) + held
-        return Need(memory, tuple(p.disk for p in self.planned))
+        return Need(memory, tuple(space for p in self.planned for space in p.disk))
 
 
 class Watch(Protocol):
