@@ -64,8 +64,6 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os._exit(1)
     except BaseException as e:
-        if os.environ.get("STREAMQ_DEBUG"):
-            raise
         failure = failure_of(e)
         say({"failed": str(failure), "transient": failure.transient})
     os._exit(0)

@@ -65,7 +65,8 @@ class Processes:
                 raise Stopped
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "streamq.batch.child"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=errors, process_group=0,
+                stdout=subprocess.PIPE, process_group=0,
+                stderr=None if os.environ.get("STREAMQ_DEBUG") else errors,
                 env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
             self._running.add(child)

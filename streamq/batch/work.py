@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -126,7 +128,12 @@ def failure_of(error: BaseException) -> JobError:
     elif isinstance(error, MemoryError):
         text = "memory ran out; give less --max-memory, or fewer --jobs."
     else:
-        text = f"{type(error).__name__}: {error}. This is a bug in streamq; please report it."
+        if os.environ.get("STREAMQ_DEBUG"):
+            traceback.print_exception(error)
+        text = (
+            f"{type(error).__name__}: {error}. This is a bug in streamq; please report it with the "
+            "output of the same command under STREAMQ_DEBUG=1."
+        )
     return JobError(" ".join(text.split()), _is_transient(error))
 
 
