@@ -82,6 +82,8 @@ class Processes:
             child.stdin.write(json.dumps(work.to_json()).encode() + b"\n")
             child.stdin.flush()
         for line in child.stdout:
+            if not line.endswith(b"\n"):
+                break  # killed while it wrote
             match json.loads(line):
                 case {"progress": [int(n), str(name)]}:
                     progress(n, name)
@@ -104,7 +106,9 @@ def _spool_of(work: Work) -> Iterator[Work]:
         yield work
         return
     place = work.settings["spool_dir"] or spool_folder()
-    with tempfile.TemporaryDirectory(prefix="streamq-batch-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="streamq-batch-", dir=place, ignore_cleanup_errors=True
+    ) as folder:
         yield replace(work, settings={**work.settings, "spool_dir": folder})
 
 
