@@ -61,11 +61,9 @@ class Stored(NamedTuple):
         """What ``read_rows`` reads, with what lies between the lines of a transposed tensor."""
         for e in self.layout.entries:
             t = self.tensors[e.suffix]
-            if e.rows and e.role != "unused":
-                start, width = _place(e, first, rows)
-                yield t.file, t.start + start, t.start + (e.lines - 1) * e.stride + start + width
-            elif e.role in ("global_scale", "constant"):
-                yield t.file, t.start, t.end
+            if e.role != "unused":
+                at, width = _place(e, first, rows) if e.rows else (0, t.nbytes)
+                yield t.file, t.start + at, t.start + (e.lines - 1) * e.stride + at + width
 
 
 #: How a weight of a plan lies in a source where it is not a tensor of floats by itself.
@@ -220,18 +218,14 @@ def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quant
 def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Array:
     """What some rows of a weight became; a copy, ``[pieces, ...]`` or ``[lines, pieces]``."""
     start, width = _place(e, first, rows)
-    dtype = DTYPES[t.dtype].numpy
     if e.lines == 1 or width == e.stride:
         raw = bytes_of(c, t, start, width * e.lines)
     else:
-        buffer = bytearray(width * e.lines)
-        view = memoryview(buffer)
-        for line in range(e.lines):
-            at = t.start + line * e.stride + start
-            c.pread(t.file, at, view[line * width : (line + 1) * width])
-        raw = bytes(buffer)
+        lines = np.empty((e.lines, width), np.uint8)
+        c.pread_lines(t.file, t.start + start, e.stride, lines)
+        raw = lines.tobytes()
     shape = (e.lines, -1) if e.transposed else (-1, *e.shape[1:])
-    return np.frombuffer(raw, dtype).reshape(shape)
+    return np.frombuffer(raw, DTYPES[t.dtype].numpy).reshape(shape)
 
 
 def _place(e: Entry, first: int, rows: int) -> tuple[int, int]:

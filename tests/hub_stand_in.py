@@ -48,6 +48,9 @@ class Blob:
 
     @property
     def oid(self) -> str:
+        """What git has for it; for a large file this stands for the one of its pointer."""
+        if self.size >= LFS:
+            return hashlib.sha1(self.sha256.encode()).hexdigest()
         return hashlib.sha1(b"blob %d\0" % self.size + self.data).hexdigest()
 
     def pieces(self, start: int, end: int) -> Iterable[bytes]:

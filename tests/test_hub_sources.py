@@ -6,6 +6,10 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,16 +26,16 @@ from hypothesis import strategies as st
 from small_units import contents, small_units, write_small
 
 import streamq
-from streamq.checkpoint import blocks, from_hub, open_checkpoint, spool
+from streamq.checkpoint import blocks, from_hub, open_checkpoint, remote, spool
 from streamq.checkpoint.blocks import Book, fetched_of, forecast
 from streamq.cli import cli
-from streamq.converting import Output, Settings, convert_all
+from streamq.converting import Output, Settings, convert_all, jobs
 from streamq.errors import AddressError, StreamqError
 from streamq.hub import HubPath, client, is_hub, parse_hub
 from streamq.planning import make_plan
 
 #: Of the tests: so small that a checkpoint of some MB has many blocks and jobs.
-BLOCK, JOB = 1 << 16, 300_000
+BLOCK, JOB = 1 << 16, 150_000
 REPO = "hf://org/model"
 
 
@@ -57,6 +61,7 @@ def hub(monkeypatch, tmp_path):
 def small(monkeypatch):
     """Blocks and jobs so small that small checkpoints have many."""
     small_units(monkeypatch.setattr)
+    monkeypatch.setattr(jobs, "JOB", JOB)
     monkeypatch.setattr(blocks, "BLOCK", BLOCK)
     monkeypatch.setattr(spool, "BLOCK", BLOCK)
     monkeypatch.setattr(from_hub, "FIRST", 1 << 10)
@@ -104,7 +109,7 @@ def made(folder: Path, made: family_checkpoints.Made) -> Path:
     )
 
 
-def big(folder: Path, layers: int = 2, width: int = 512) -> Path:
+def big(folder: Path, layers: int = 2, width: int = 256) -> Path:
     """Some MB, of which two shards share every fused group."""
     rng = np.random.default_rng(1)
     shapes = {
@@ -182,7 +187,7 @@ def test_the_bytes_are_those_of_a_local_run(kind, schemes, limit, hub, small, tm
         (["nvfp4", "w4a16"], 1 << 30, 1.0, 1.02),
         (["fp8_block"], 0, 1.0, 1.02),
         (["nvfp4"], 0, 1.3, 2.0),  # large groups are looked at twice
-        (["nvfp4"], 4 * BLOCK, 1.2, 1.9),
+        (["nvfp4"], 12 * BLOCK, 1.05, 1.9),
     ],
 )
 def test_each_byte_is_fetched_once_where_the_spool_holds_it(
@@ -201,7 +206,7 @@ def test_each_byte_is_fetched_once_where_the_spool_holds_it(
         on_disk = os.fstat(store._spool._fd).st_blocks * 512 if limit else 0
     assert told.needed == tensors
     assert least * tensors <= hub.sent() - before <= most * tensors
-    assert abs(told.fetched - (hub.sent() - before)) < 0.15 * tensors
+    assert abs(told.fetched - (hub.sent() - before)) < 0.3 * tensors
     assert summary.downloaded >= hub.sent() - before
     assert on_disk <= peak <= limit
     if most < 1.1:
@@ -291,7 +296,6 @@ FAULTS: dict[str, Callable[[HubStandIn, Path], Any]] = {
     "addresses for one request": lambda hub, src: setattr(hub, "uses", 1),
     "a branch that moves at once": lambda hub, src: [moving(hub, src, 3)],
     "a branch that moves": lambda hub, src: [moving(hub, src, 12)],
-    "a short page": lambda hub, src: setattr(hub, "page", 1),
     "all of it": lambda hub, src: [
         failing(0.05, seed=9), cutting(0.1, after=70_000, seed=10), moving(hub, src, 9)
     ],
@@ -312,6 +316,41 @@ def test_faults_do_not_change_a_byte(name, hub, small, tmp_path, monkeypatch):
     same(tmp_path / "local", tmp_path / "hub")
 
 
+def test_whatever_happens(hub, small, tmp_path, monkeypatch, pytestconfig):
+    """The bytes of a local run, or one sentence; and then the next run gives them."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    src = big(tmp_path / "in", layers=1)
+    place = f"{REPO}@{hub.commit_folder('org/model', src)}"
+    convert(src, tmp_path / "local", "nvfp4")
+    soak = pytestconfig.getoption("--hypothesis-profile") == "soak"
+    for seed in range(200 if soak else 3):
+        chance = random.Random(seed)
+        hub.uses = chance.choice([1, 2, 5, 10**9])
+        kinds = [
+            failing(chance.random() / 2, chance.choice([500, 502, 503, 504, 408]), seed),
+            failing(chance.random() / 3, 429, seed + 1, Retry_After="0"),
+            cutting(chance.random() / 2, chance.choice([0, 100, 70_000, 100_000]), seed + 2),
+            stalling(0.8, chance.random() / 10, seed + 3, times=3),
+            cutting(chance.random() / 10, 70_000, seed + 4, stall=0.8, times=3),
+        ]
+        hub.faults = chance.sample(kinds, chance.randint(1, len(kinds)))
+        out, limit = tmp_path / "out", chance.choice([0, 3 * BLOCK, 1 << 30])
+        said = ""
+        try:
+            convert(place, out, "nvfp4", spool=limit)
+        except StreamqError as e:
+            said = str(e)
+        hub.faults = []
+        assert "\n" not in said
+        assert out.exists() == (not said)
+        if said:
+            convert(place, out, "nvfp4", spool=limit)
+        same(tmp_path / "local", out)
+        shutil.rmtree(out)
+
+
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
@@ -322,7 +361,8 @@ def test_faults_do_not_change_a_byte(name, hub, small, tmp_path, monkeypatch):
         ([failing(status=401, where="hub.*resolve.*")], "does not know this token"),
         ([failing(status=429, Retry_After="1000", where="cdn.*")], "run again in 1000 s"),
         ([failing(status=400, where="hub.*resolve.*")], "the Hub answered 400"),
-        ([cutting(after=10)], "cannot be reached|answered early|peer closed"),
+        ([cutting(after=10)], "the Hub cannot be reached: .*received 10 bytes"),
+        ([cutting(after=0, where="hub/api.*")], "the Hub cannot be reached"),
         ([stalling(0.8)], "did not answer in time.*HF_HUB_DOWNLOAD_TIMEOUT"),
     ],
 )
@@ -429,7 +469,7 @@ def test_a_branch_that_moved_is_not_gone_on_with(hub, small, tmp_path):
     src = big(tmp_path / "in")
     before = hub.commit_folder("org/model", src)
     out = tmp_path / "out"
-    interrupted(REPO, out, 4_000_000)
+    interrupted(REPO, out, 1_200_000)
     after = hub.commit("org/model", {"README.md": b"moved"}, keep=True)
     with pytest.raises(StreamqError, match=f"commit: '{before}' there, '{after}' here"):
         convert(REPO, out, "nvfp4")
@@ -437,6 +477,44 @@ def test_a_branch_that_moved_is_not_gone_on_with(hub, small, tmp_path):
     assert summary.resumed > 0
     convert(src, tmp_path / "local", "nvfp4")
     same(tmp_path / "local", out)
+
+
+def test_a_killed_run_goes_on(hub, tmp_path, monkeypatch):
+    """It leaves nothing of the weights outside of DST.partial."""
+    src = big(tmp_path / "in", layers=6)
+    size = sum(p.stat().st_size for p in src.glob("*.safetensors"))
+    hub.commit_folder("org/model", src)
+    hub.faults = [stalling(0.05)]
+    code = (
+        "import sys; from small_units import small_units; small_units()\n"
+        "from streamq.cli import cli; cli(sys.argv[1:])"
+    )
+    args = ["convert", REPO, str(tmp_path / "out"), "-s", "nvfp4", "-j", "1"]
+    here = str(Path(__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *args], env={**os.environ, "PYTHONPATH": here},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        journal = tmp_path / "out.partial" / "journal"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and child.poll() is None:
+            if journal.exists() and journal.read_text().count("\n") > 3:
+                break
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+    finally:
+        assert child.wait(60) == -signal.SIGKILL
+    for left in tmp_path.glob("streamq-*"):
+        assert sum(p.stat().st_size for p in left.rglob("*") if p.is_file()) < 10_000
+        shutil.rmtree(left)
+    hub.faults, hub.log = [], []
+    small_units(monkeypatch.setattr)
+    (summary,) = convert(REPO, tmp_path / "out", "nvfp4")
+    assert summary.resumed > 0
+    assert hub.sent() < size
+    convert(src, tmp_path / "local", "nvfp4")
+    same(tmp_path / "local", tmp_path / "out")
 
 
 # --- the cache ----------------------------------------------------------------------------
@@ -506,9 +584,9 @@ def test_addresses(text, path):
 def test_what_is_no_address(text):
     with pytest.raises(AddressError):
         parse_hub(text)
-    result = CliRunner().invoke(cli, ["inspect", text], standalone_mode=False)
-    assert isinstance(result.exception, AddressError)
-    assert result.exception.exit_code == 2
+    result = CliRunner().invoke(cli, ["inspect", text])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -540,7 +618,7 @@ def test_tokens(token, kind, message, hub, tmp_path, monkeypatch):
     [
         ("hf://org/none", None, "no such repository"),
         (REPO + "@v2", None, "no such revision"),
-        (REPO + "/sub", None, "not in the repository"),
+        (REPO + "/sub", None, "has no file there"),
         (REPO + "/none.safetensors", None, "named by the index|not in"),
         (REPO, {"model.safetensors": b"12"}, "too few for a safetensors file"),
         (REPO, {"model.safetensors": b"\xff" * 100}, "header claims"),
@@ -610,10 +688,9 @@ def test_one_file_and_a_folder_of_a_revision(hub, tmp_path):
 
 
 def run(*args: str) -> str:
-    result = CliRunner().invoke(cli, list(args), standalone_mode=False)
-    if result.exception is not None:
-        raise result.exception
-    return result.output
+    result = CliRunner().invoke(cli, list(args))
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def test_every_command_takes_it(hub, tmp_path):
@@ -626,11 +703,11 @@ def test_every_command_takes_it(hub, tmp_path):
     assert json.loads(run("inspect", place, "--json"))["path"].startswith(REPO + "@")
     told = json.loads(run("plan", place, "-s", "nvfp4", "--json"))["download"]
     assert 0 < told["bytes"] <= told["factor"] * 1.02 * told["bytes"]
-    assert "download 6.30 MB (1.00x of what is read)" in run("plan", place, "-s", "w4a16")
+    assert "download 2.23 MB (1.00x of what is read)" in run("plan", place, "-s", "w4a16")
     told = json.loads(run("plan", place, "-s", "w4a16", "--json", "--spool", "0"))["download"]
     assert told["spool"] == 0
     said = run("convert", place, out, "-s", "nvfp4", *how)
-    assert "downloaded 6." in said
+    assert "downloaded 2.26 MB" in said
     assert "every byte is what the source converts to" in run("verify", out, "--source", place)
     assert "every byte is what the source converts to" in run("verify", out, "--source", str(src))
     again = str(tmp_path / "again")
@@ -663,7 +740,8 @@ def test_python_takes_it(hub, tmp_path):
             assert np.array_equal(x, y)
 
 
-def test_many_small_reads_are_few_requests(hub, tmp_path):
+def test_many_small_reads_are_few_requests(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "AROUND", 1 << 17)
     src = big(tmp_path / "in", layers=1)
     hub.commit_folder("org/model", src)
     rng = random.Random(0)
@@ -680,7 +758,7 @@ def test_many_small_reads_are_few_requests(hub, tmp_path):
         assert lines.tobytes() == b"".join(
             data[5000 + 1000 * i : 5100 + 1000 * i] for i in range(40)
         )
-        large = bytearray(2 << 20)
+        large = bytearray(600_000)
         source.pread(file, 77, memoryview(large))
         assert large == data[77 : 77 + len(large)]
     assert len([r for r in hub.log if r.server == "cdn"]) < 12

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from streamq.checkpoint import Checkpoint
 
 
@@ -198,7 +200,7 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     )  # fmt: skip
 
 
-def open_source(src: str, **how: Any) -> Checkpoint:
+def open_source(src: str | Path, **how: Any) -> Checkpoint:
     """Open a source, which may be on the Hub, as the options of the command say."""
     from streamq.checkpoint import open_checkpoint
 

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: addresses, the client, what its errors mean; nothing of checkpoints.
 
-huggingface_hub is imported by the functions that talk to the Hub and not before: its import takes
-0.4 s, which runs on local files do not pay.
+huggingface_hub is imported by the functions that talk to the Hub and not before, and so is what
+only they need: runs on local files do not pay for it.
 """
 
 from .address import HubPath, is_hub, parse_hub
