@@ -1,7 +1,9 @@
 """Outputs on the Hub: byte for byte what a local run writes, whatever the way there is like."""
 
+import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,8 @@ from click.testing import CliRunner
 from helpers import write_checkpoint
 from hub_stand_in import HubStandIn, failing, stalling
 from hub_uploads import Uploads
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session
+from xet_stand_in import Xet
 
 import streamq
 from streamq.cli import cli
@@ -92,11 +95,12 @@ def work(tmp_path):
     return tmp_path / "work"
 
 
-def convert(source, work, dst=DST, scheme="fp8_dynamic", overwrite=False, **upload):
+def convert(source, work, dst=DST, overwrite=False, notify=None, **upload):
     how = Settings(
-        workers=2, sync=False, overwrite=overwrite, upload=Upload(work_dir=work, **upload)
-    )
-    return streamq.convert(source, dst, scheme, settings=how)
+        workers=2, sync=False, overwrite=overwrite, notify=notify,
+        upload=Upload(work_dir=work, **upload),
+    )  # fmt: skip
+    return streamq.convert(source, dst, "fp8_dynamic", settings=how)
 
 
 def output_of(hub, revision="main", repo=REPO):
@@ -163,6 +167,19 @@ def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts
     assert is_empty(work)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["", "a Hub without it"])
+def test_over_xet(hub, source, wanted, work, known, monkeypatch):
+    """As the Hub has it by default; without ``hf_xet`` installed it goes over LFS here, too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    xet = Xet(hub.uploads) if known else None
+    convert(source, work)
+    assert output_of(hub) == wanted
+    assert len(hub.uploads.messages) == 1
+    if importlib.util.find_spec("hf_xet"):
+        assert (hub.uploads.put == 0) == known
+        assert xet is None or xet.received > 0
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, work):
     hub.uploads.hide_commits = 1
     summary = convert(source, work)
@@ -171,7 +188,10 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, wo
     assert summary.committed.url.endswith(hub.repos[REPO].branches["main"])
 
 
-def test_an_error_that_stays_is_told_and_the_same_command_goes_on(hub, source, wanted, work):
+def test_an_error_that_stays_is_told_and_the_same_command_goes_on(
+    hub, source, wanted, work, monkeypatch
+):
+    monkeypatch.setattr("streamq.hub.client.TRIES", 2)
     hub.faults = [failing(status=500, where=PUT)]
     with pytest.raises(HubError, match=r"acme/tiny-fp8: model-0000.*answered 500") as caught:
         convert(source, work)
@@ -208,6 +228,7 @@ def test_a_source_that_is_what_is_wanted_is_copied(hub, source, work, tmp_path):
     assert found == local
     card = hub.uploads.files(REPO)["README.md"].decode()
     assert "license: mit" in card
+    assert "- fp8_dynamic\n" in card
     assert "Somebody" not in card
 
 
@@ -231,6 +252,15 @@ def test_a_source_on_the_hub_is_copied(hub, source, wanted, work, tmp_path):
     convert("hf://them/fp8", work, max_disk=30_000)
     names = wanted.keys() - {"streamq.json"}
     assert {name: output_of(hub)[name] for name in names} == {n: wanted[n] for n in names}
+
+
+def test_a_repository_is_replaced_by_what_it_is_converted_to(hub, source, wanted, work):
+    hub.commit_folder(REPO, source)
+    convert(DST, work, overwrite=True)
+    assert {n: d for n, d in output_of(hub).items() if n != "streamq.json"} == {
+        n: d for n, d in wanted.items() if n != "streamq.json"
+    }
+    assert b"base_model: " + REPO.encode() in hub.uploads.files(REPO)["README.md"]
 
 
 def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
@@ -394,34 +424,42 @@ def test_a_full_disk_is_seen_before(hub, source, work, monkeypatch):
 # --- kills --------------------------------------------------------------------------------------
 
 
-def started(hub, source, work, *more):
+def started(source, work, xet=False):
     code = "from streamq.cli import main; main()"
-    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "-j", "1", *more]
-    env = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "-j", "1"]
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)], env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def at_request(number, matches):
-    """The process is killed when a request of a kind comes for the ``number``-th time, ahead of
-    its answer, or behind it.
-    """
-    seen = [0]
+class Killing:
+    """A fault: the process is killed when a request of a kind comes for the ``number``-th time."""
 
-    def fault(x):
-        seen[0] += matches(x)
-        if matches(x) and seen[0] == number:
-            os.kill(fault.pid, signal.SIGKILL)
-            x.body()
-            x.close_connection = True
-            x.connection.shutdown(2)
-            return True
-        return False
+    def __init__(self, number, matches=lambda x: True):
+        self._left, self._matches = number, matches
+        self._lock, self._started = threading.Lock(), threading.Event()
 
-    fault.pid = 0
-    return fault
+    def run(self, *arguments):
+        """The end of a process that this is to kill."""
+        child = started(*arguments)
+        self._pid = child.pid
+        self._started.set()
+        said, _ = child.communicate()
+        return child.returncode, said
+
+    def __call__(self, x):
+        with self._lock:
+            self._left -= self._matches(x)
+            if self._left or not self._matches(x):
+                return False
+        self._started.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        x.body()
+        x.close_connection = True
+        return True
 
 
 KILLS = {  # at which request, and whether the Hub forgets what is not committed
@@ -438,26 +476,41 @@ KILLS = {  # at which request, and whether the Hub forgets what is not committed
 def test_killed(hub, source, wanted, work, where):
     """No shard that was stored is made or goes up again, unless the Hub has lost it."""
     number, matches, forgets = KILLS[where]
-    fault = at_request(number, matches)
-    hub.faults = [fault]
-    child = started(hub, source, work)
-    fault.pid = child.pid
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
+    hub.faults = [fault := Killing(number, matches)]
+    assert fault.run(source, work)[0] == -signal.SIGKILL
     assert REPO in hub.repos
     assert hub.uploads.messages == []
     hub.faults = []
     before = list(hub.uploads.uploaded)
     if forgets:
         hub.uploads.forget(REPO)
-    child = started(hub, source, work)
-    said, _ = child.communicate()
-    assert child.returncode == 0, said
+    said = []
+    convert(source, work, notify=said.append)
     assert output_of(hub) == wanted
     assert is_empty(work)
     twice = len(hub.uploads.uploaded) - len(set(hub.uploads.uploaded))
     assert twice == (len(before) if forgets else 0)
-    assert "resuming hf://acme/tiny-fp8: " in said or number == 1
+    assert "resuming hf://acme/tiny-fp8: " in "".join(said) or number == 1
+
+
+def test_killed_again_and_again(hub, source, wanted, work, pytestconfig):
+    """At any request, while 5% of them fail, until a run gets through."""
+    soak = pytestconfig.getoption("--hypothesis-profile") == "soak"
+    for seed in range(40 if soak else 1):
+        chance, kills = random.Random(seed), 0
+        for of in (hub.repos, hub.uploads.objects):
+            of.pop(REPO, None)
+        hub.uploads.messages.clear()
+        code = -signal.SIGKILL
+        while code == -signal.SIGKILL:
+            fault = Killing(chance.randint(3, 40))
+            hub.faults = [fault, failing(0.05, seed=seed + kills)]
+            code, said = fault.run(source, work)
+            kills += code == -signal.SIGKILL
+        assert code == 0, f"{seed}, {kills} kills:\n{said}"
+        assert output_of(hub) == wanted, seed
+        assert len(hub.uploads.messages) == 1, seed
+        assert is_empty(work), seed
 
 
 def test_killed_behind_the_commit(hub, source, wanted, work):
@@ -472,10 +525,10 @@ def test_killed_behind_the_commit(hub, source, wanted, work):
         return False
 
     hub.faults = [behind]
-    child = started(hub, source, work)
+    child = started(source, work)
     child.communicate()
     assert output_of(hub) == wanted
-    child = started(hub, source, work)
+    child = started(source, work)
     said, _ = child.communicate()
     assert child.returncode == 0, said
     assert len(hub.uploads.messages) == 1
@@ -483,18 +536,21 @@ def test_killed_behind_the_commit(hub, source, wanted, work):
     assert is_empty(work)
 
 
-def test_interrupted(hub, source, wanted, work):
+@pytest.mark.parametrize("over_xet", [False, True])
+def test_interrupted(hub, source, wanted, work, over_xet):
     """Ctrl-C while files go up: at once, and the same command goes on."""
     stalled = threading.Event()
+    if over_xet:
+        Xet(hub.uploads)
 
     def stall(x):
-        if x.command == "PUT":
+        if x.command == "PUT" or "/xorbs/" in x.path:
             stalled.set()
             time.sleep(5)
         return False
 
     hub.faults = [stall]
-    child = started(hub, source, work)
+    child = started(source, work, over_xet)
     assert stalled.wait(60)
     began = time.monotonic()
     child.send_signal(signal.SIGINT)

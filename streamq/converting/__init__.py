@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from streamq.checkpoint import SPOOL, Checkpoint
-from streamq.hub import Committed
+from streamq.hub import Committed, upload_memory
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
-from streamq.writer import Destination, HubDestination, Upload, place_of
+from streamq.writer import Destination, HubDestination, HubPlace, Upload, place_of
 
 from .card import card_of
 from .devices import Means, is_quantized, means
@@ -231,7 +231,8 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
         plans, settings.device, wanted, settings.max_memory, settings.device_memory, held,
         settings.stats,
     )  # fmt: skip
-    return replace(found, traffic=traffic)
+    uploads = upload_memory() if any(isinstance(o.dst, HubPlace) for o in outputs) else 0
+    return replace(found, traffic=traffic, uploads=uploads)
 
 
 def _load_kernels(

@@ -7,10 +7,10 @@ only they need: runs on local files do not pay for it.
 from .address import HubPath, is_hub, parse_hub
 from .branch import MAIN, Branch, Committed
 from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
-from .files import Sum
+from .files import Sum, upload_memory
 from .repository import Repository
 
 __all__ = [
     "MAIN", "Again", "Branch", "Committed", "HubPath", "Repository", "Stop", "Sum", "api",
-    "endpoint", "is_hub", "parse_hub", "patiently", "pause_before", "translated",
+    "endpoint", "is_hub", "parse_hub", "patiently", "pause_before", "translated", "upload_memory",
 ]  # fmt: skip

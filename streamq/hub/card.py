@@ -18,7 +18,8 @@ def metadata_of(card: str | None) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+        found: Any = ModelCard(card, ignore_metadata_errors=True).data
+        data = found.to_dict()
     except (ValueError, TypeError, AttributeError, YAMLError):
         return {}
     return {key: data[key] for key in _KEPT if data.get(key)}
