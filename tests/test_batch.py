@@ -414,6 +414,9 @@ def test_disks_that_do_not_hold_all_outputs(monkeypatch):
     with pytest.raises(PlanError, match=r"all outputs together: .* --continue-on-error"):
         batch(engine)
     assert engine.works == []
+    result = cli_run("-", "-s", "nvfp4a16", "--out", OUT, "--dry-run")
+    assert result.exit_code == 1
+    assert "Error: all outputs together: " in result.stderr
 
 
 def test_what_running_jobs_have_yet_to_write_is_not_free(monkeypatch):
