@@ -47,9 +47,8 @@ peer-%:
 	@.oracle/$*/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements/$*.txt \
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
-SOAK := header_fuzz kernels convert crash compress compress_failures \
-  hub_destinations hub_sources triton triton_values triton_targets triton_sparse ascendc \
-  ascendc_checks
+SOAK := header_fuzz kernels convert crash batch batch_failures compress compress_failures \
+  hub_sources hub_destinations triton triton_values triton_targets triton_sparse ascendc ascendc_checks
 
 soak: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK:%=tests/test_%.py)
@@ -57,7 +56,7 @@ soak: .venv/ready-test
 
 # Each target for FUZZ seconds, guided by coverage; a crash stops it and leaves the input here.
 FUZZ ?= 120
-fuzz: $(addprefix fuzz-,header index config recipe record)
+fuzz: $(addprefix fuzz-,header index config recipe record jobs)
 
 fuzz-%: .venv/ready-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
