@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.errors import PlanError
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
-from streamq.schemes import BYTES
 from streamq.trust import fingerprint
 from streamq.writer import Destination, check_destination, same_disk
 
-from .devices import Means, is_quantized, means
-from .jobs import JOB
+from .boxes import Tally
+from .devices import Means
+from .engine import Engine, Started
 from .origin import identity_of, origin_of
-from .run import Run, Target
+from .run import Shards, Target
+from .threads import Here, default_workers, means_of, shards_to
 from .worker import Progress
 
-if TYPE_CHECKING:
-    from .fleet import Fleet
-
 __all__ = [
-    "Means", "Output", "Progress", "Settings", "Summary", "convert", "convert_all",
-    "default_workers", "means_of", "repeat",
+    "Engine", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary", "Tally",
+    "convert", "convert_all", "default_workers", "identity_of", "means_of", "repeat", "shards_to",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
-
-#: Kernels that are in the cache on disk load in well under this; compiling takes longer.
-SLOW_START = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +85,6 @@ class Summary:
     remarks: tuple[str, ...] = ()
 
 
-def default_workers() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def convert(
     source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
 ) -> Summary:
@@ -107,15 +94,20 @@ def convert(
 
 
 def convert_all(
-    source: Checkpoint, outputs: list[Output], settings: Settings = Settings()
+    source: Checkpoint,
+    outputs: list[Output],
+    settings: Settings = Settings(),
+    engine: Engine | None = None,
 ) -> list[Summary]:
     """Carry out several plans for one source, which is read once.
 
-    Goes on where an earlier run with the same plans was interrupted. Raises StreamqError; what
-    is done then stays in ``dst.partial``, and notes on the exception say so.
+    ``engine``: where the shards are made; None for this process. Goes on where an earlier run
+    with the same plans was interrupted. Raises StreamqError; what is done then stays in
+    ``dst.partial``, and notes on the exception say so.
     """
     began = time.perf_counter()
-    means = means_of(outputs, settings)
+    engine = engine or Here()
+    means = engine.means(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
     targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
@@ -126,11 +118,11 @@ def convert_all(
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
-        run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
+        run = engine.start(source, work, means, s)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
         if run.unmeasured:
             _say(s, "an earlier run measured less; what it has done is not in the figures")
-        cpu = run.run(lambda: _load_kernels([plan for plan, _ in work], s, means.fleet)).NAME
+        backend, remarks = run.run()
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
@@ -151,8 +143,6 @@ def convert_all(
             means.fleet.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
-    backend = means.backend(cpu)
-    remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
     for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
         ran, (quality, rounded) = (
@@ -193,27 +183,9 @@ def _say(settings: Settings, line: str) -> None:
 
 def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -> Quality | None:
     """Give all that a conversion would write to ``target``; what the weights lost, if asked for."""
-    progress = settings.progress or (lambda n, name: None)
-    work = [] if plan.verbatim else [(plan, target)]
-    wanted = settings.workers or default_workers()
-    workers = plan.workers_within(wanted, settings.max_memory)
-    run = Run(source, work, workers, progress, settings.stats, settings.details)
-    run.run(lambda: _load_kernels([plan for plan, _ in work], settings, None))
-    finish(source, plan, target, progress)
+    run, _ = shards_to(source, plan, target, settings)
+    finish(source, plan, target, settings.progress or (lambda n, name: None))
     return run.measured[0][0] if run.measured else None
-
-
-def means_of(outputs: list[Output], settings: Settings) -> Means:
-    """As many threads as memory allows, and devices; see ``Means``.
-
-    With several outputs each thread holds what it reads. Raises PlanError where memory does
-    not hold one, and for a device that cannot be used.
-    """
-    return means(
-        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
-        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
-        settings.stats,
-    )  # fmt: skip
 
 
 def refuse_entangled(folders: list[Path]) -> None:
@@ -258,31 +230,3 @@ def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -
         target.write_json(name, value)
     for name, text in plan.texts.items():
         target.write_text(name, [text])
-
-
-def _load_kernels(
-    plans: list[Plan], settings: Settings, fleet: Fleet | None = None
-) -> ModuleType:  # fmt: skip
-    """Compile the CPU's kernels, or load them from the cache, before any thread needs them.
-
-    Imported here and not above: numba takes 0.2 s, in which other threads already copy.
-    """
-    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
-    say = settings.notify or (lambda line: None)
-    timer = threading.Timer(SLOW_START, lambda: say(text))
-    timer.daemon = True
-    timer.start()
-    try:
-        from streamq.kernels import cpu
-
-        for target, packing, dtype in {
-            (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
-            for plan in plans
-            for shard in plan.shards for w in shard.weights for layout in w.layouts
-            if is_quantized(w) and not (fleet and fleet.takes(w))
-        }:  # fmt: skip
-            how = target.numerics, settings.stats, settings.details
-            cpu.warm_up(target.scheme, packing, dtype, *how)
-    finally:
-        timer.cancel()
-    return cpu

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 
-class Target(Protocol):
-    """Where an output goes: a Destination, or what compares it with one that is there."""
+class Shards(Protocol):
+    """Where the shards of an output go."""
 
     @property
     def goes_on(self) -> bool:
@@ -45,6 +45,10 @@ class Target(Protocol):
     def close_shard(self, shard: Any) -> None:
         """Close it."""
 
+
+class Target(Shards, Protocol):
+    """Where an output goes: a Destination, or what compares it with one that is there."""
+
     def copy_file(self, source: Path, name: str, keep: bool = False) -> None:
         """Take a file of the source as it is; ``keep`` where it is large."""
 
@@ -61,7 +65,7 @@ class Run:
     def __init__(
         self,
         source: Checkpoint,
-        work: Sequence[tuple[Plan, Target]],
+        work: Sequence[tuple[Plan, Shards]],
         workers: int,
         progress: Progress,
         stats: bool,

@@ -1,0 +1,117 @@
+"""The engine that needs no other machine: threads of this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from streamq.checkpoint import Checkpoint
+from streamq.planning import Plan
+from streamq.quality import Quality
+from streamq.schemes import BYTES
+from streamq.writer import Destination
+
+from .devices import Means, is_quantized, means
+from .engine import Started
+from .jobs import JOB
+from .run import Run, Shards
+
+if TYPE_CHECKING:
+    from . import Output, Settings
+    from .fleet import Fleet
+
+#: Kernels that are in the cache on disk load in well under this; compiling takes longer.
+SLOW_START = 0.7
+
+
+def default_workers() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def means_of(outputs: list[Output], settings: Settings) -> Means:
+    """As many threads as memory allows, and devices; see ``Means``.
+
+    With several outputs each thread holds what it reads. Raises PlanError where memory does
+    not hold one, and for a device that cannot be used.
+    """
+    return means(
+        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
+        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
+        settings.stats,
+    )  # fmt: skip
+
+
+class Here:
+    """Threads of this process, and its devices."""
+
+    def means(self, outputs: list[Output], settings: Settings) -> Means:
+        """See ``means_of``."""
+        return means_of(outputs, settings)
+
+    def start(
+        self, source: Checkpoint, work: list[tuple[Plan, Destination]], means: Means, s: Settings
+    ) -> Started:
+        """The threads; they begin with ``run``."""
+        progress = s.progress or (lambda n, name: None)
+        run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
+        return _Threads(run, [plan for plan, _ in work], means, s)
+
+
+class _Threads:
+    """What ``Here`` has started."""
+
+    def __init__(self, run: Run, plans: list[Plan], means: Means, settings: Settings) -> None:
+        self._run, self._plans, self._means, self._settings = run, plans, means, settings
+        self.unmeasured = run.unmeasured
+
+    @property
+    def measured(self) -> list[tuple[Quality | None, int]]:
+        """See ``Started``."""
+        return self._run.measured
+
+    def run(self) -> tuple[str, tuple[str, ...]]:
+        """See ``Started``."""
+        means, fleet = self._means, self._means.fleet
+        cpu = self._run.run(lambda: load_kernels(self._plans, self._settings, fleet)).NAME
+        return means.backend(cpu), (*means.remarks, *(fleet.remarks(cpu) if fleet else ()))
+
+
+def shards_to(
+    source: Checkpoint, plan: Plan, target: Shards, settings: Settings
+) -> tuple[Run, str]:
+    """Give the shards of a plan to ``target``, and nothing else; the name of the kernels, too."""
+    work = [] if plan.verbatim else [(plan, target)]
+    workers = plan.workers_within(settings.workers or default_workers(), settings.max_memory)
+    progress = settings.progress or (lambda n, name: None)
+    run = Run(source, work, workers, progress, settings.stats, settings.details)
+    kernels = run.run(lambda: load_kernels([plan for plan, _ in work], settings))
+    return run, kernels.NAME
+
+
+def load_kernels(plans: list[Plan], settings: Settings, fleet: Fleet | None = None) -> ModuleType:
+    """Compile the CPU's kernels, or load them from the cache, before any thread needs them.
+
+    Imported here and not above: numba takes 0.2 s, in which other threads already copy.
+    """
+    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
+    say = settings.notify or (lambda line: None)
+    timer = threading.Timer(SLOW_START, lambda: say(text))
+    timer.daemon = True
+    timer.start()
+    try:
+        from streamq.kernels import cpu
+
+        for target, packing, dtype in {
+            (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
+            for plan in plans
+            for shard in plan.shards for w in shard.weights for layout in w.layouts
+            if is_quantized(w) and not (fleet and fleet.takes(w))
+        }:  # fmt: skip
+            how = target.numerics, settings.stats, settings.details
+            cpu.warm_up(target.scheme, packing, dtype, *how)
+    finally:
+        timer.cancel()
+    return cpu
