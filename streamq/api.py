@@ -112,20 +112,23 @@ def convert(
     scheme: str | None = None,
     *,
     settings: Settings | None = None,
+    engine: str = "local",
     **how: Any,
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    Raises StreamqError; ``dst`` is then as it was.
+    ``engine``: "local", or "ray", "ray:auto", "ray:HOST:PORT" and so on, see docs/ray.md. Raises StreamqError; ``dst`` is then as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
     from streamq.converting import convert as run
+    from streamq.engines import opened
     from streamq.planning import make_plan, refuse_overlap
 
     refuse_overlap(src, dst)
-    with open_checkpoint(src) as source:
-        return run(source, make_plan(source, options(scheme, **how)), dst, settings or Settings())
+    with opened(engine, src) as where, open_checkpoint(src) as source:
+        plan = make_plan(source, options(scheme, **how))
+        return run(source, plan, dst, settings or Settings(), where)
 
 
 def reindex(

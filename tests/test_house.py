@@ -22,7 +22,7 @@ FLOORS = [
     {"stored"},
     {"planning"},
     {"converting", "measure", "reindexing", "progress"},
-    {"allocate", "verifying"},
+    {"allocate", "engines", "verifying"},
     {"compressing", "repairing"},
     {"show", "api"},
     {"report"},

@@ -14,6 +14,7 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    engine_option,
     options_of,
     quiet_option,
     resumed_options,
@@ -122,6 +123,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @scheme_options
 @target_options
 @device_options
+@engine_option
 @_to
 @dry_run_option
 @resumed_options
@@ -138,6 +140,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     from streamq import show
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import check_outputs, convert_all, means_of
+    from streamq.engines import opened
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
     from streamq.report import check_target, write
@@ -157,16 +160,16 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         check_target(Path(o["page"]))
     for w in wanted:
         refuse_overlap(src, w.dst or "")
-    with open_checkpoint(src) as source:
+    with opened(o["engine"], src) as engine, open_checkpoint(src) as source:
         outputs = _outputs(source, wanted, o)
-        means = means_of(outputs, settings_of(o))
+        means = (engine.means if engine else means_of)(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])
         for output in outputs:
             for line in show.plan_lines(output.plan, means, free):
                 say(line)
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
-            summaries = convert_all(source, outputs, settings_of(o, advance, say))
+            summaries = convert_all(source, outputs, settings_of(o, advance, say), engine)
         if o["page"]:
             found = of_conversion(source, src, outputs[0], summaries[0])
             write(Path(o["page"]), found)

@@ -19,13 +19,14 @@ from .boxes import Tally
 from .devices import Means
 from .engine import Engine, Started
 from .origin import identity_of, origin_of
-from .run import Shards, Target
+from .run import Shards, Target, units_of
 from .threads import Here, default_workers, means_of, shards_to
 from .worker import Progress
 
 __all__ = [
     "Engine", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary", "Tally",
     "convert", "convert_all", "default_workers", "identity_of", "means_of", "repeat", "shards_to",
+    "units_of",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -86,10 +87,14 @@ class Summary:
 
 
 def convert(
-    source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
+    source: Checkpoint,
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    settings: Settings = Settings(),
+    engine: Engine | None = None,
 ) -> Summary:
     """Write the checkpoint that ``plan`` describes to the directory ``dst``."""
-    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings)
+    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings, engine)
     return summary
 
 

@@ -7,11 +7,12 @@ after it is there, so that a run goes on where another was interrupted.
 """
 
 from .destination import Destination, check_destination, free_bytes, same_disk
+from .disk import SyncPool
 from .growing import GrowingShard
 from .header import build_header, quoted
 from .shard import ShardWriter, Unit, joined
 
 __all__ = [
-    "Destination", "GrowingShard", "ShardWriter", "Unit", "build_header", "check_destination",
-    "free_bytes", "joined", "quoted", "same_disk",
+    "Destination", "GrowingShard", "ShardWriter", "SyncPool", "Unit", "build_header",
+    "check_destination", "free_bytes", "joined", "quoted", "same_disk",
 ]  # fmt: skip
