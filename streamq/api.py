@@ -117,7 +117,8 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    ``engine``: "local", or "ray", "ray:auto", "ray:HOST:PORT" and so on, see docs/ray.md. Raises StreamqError; ``dst`` is then as it was.
+    ``engine``: "local", or "ray", "ray:HOST:PORT" and so on, see docs/ray.md. Raises
+    StreamqError; ``dst`` is then as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
