@@ -117,16 +117,18 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    ``engine``: "local", or "ray", "ray:HOST:PORT" and so on, see docs/ray.md. Raises
-    StreamqError; ``dst`` is then as it was.
+    ``dst`` may be ``hf://org/repo``, see ``Settings.upload``. ``engine``: "local", or "ray",
+    "ray:HOST:PORT" and so on, see docs/ray.md. Raises StreamqError; ``dst`` is then as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
     from streamq.converting import convert as run
     from streamq.engines import opened
+    from streamq.hub import is_hub
     from streamq.planning import make_plan, refuse_overlap
 
-    refuse_overlap(src, dst)
+    if not is_hub(dst):
+        refuse_overlap(src, dst)
     with opened(engine, src) as where, open_checkpoint(src) as source:
         plan = make_plan(source, options(scheme, **how))
         return run(source, plan, dst, settings or Settings(), where)

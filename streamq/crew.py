@@ -7,9 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-
-class Stopped(Exception):
-    """Another thread failed, or the user interrupted."""
+from streamq.errors import Stopped
 
 
 class Crew:

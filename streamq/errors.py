@@ -18,6 +18,16 @@ class CheckpointError(StreamqError):
     """The source cannot be read as a checkpoint."""
 
 
+class AddressError(StreamqError):
+    """An address of the Hub that is none."""
+
+    exit_code = 2
+
+
+class HubError(StreamqError):
+    """The Hub cannot be reached, refuses, or does not have what was asked for."""
+
+
 class PlanError(StreamqError):
     """The conversion that was asked for cannot be done; found before any byte is written."""
 
@@ -34,6 +44,10 @@ class VerifyError(StreamqError):
 
 class DeviceError(StreamqError):
     """A device cannot be used, or has no kernel for what was asked of it."""
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user interrupted: nobody wants the result any more."""
 
 
 class NonFiniteError(StreamqError):

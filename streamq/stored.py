@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint, open_checkpoint
+from streamq.checkpoint import Checkpoint, Span, open_checkpoint
 from streamq.errors import CheckpointError, PlanError
 from streamq.formats import FORMATS, Entry, Format, Layout, Role, Rules, format_of
 from streamq.kernels.reference import dequantize
@@ -56,6 +56,16 @@ class Stored(NamedTuple):
     def codes(self) -> TensorInfo:
         """The tensor that holds the codes."""
         return self.tensors[self.layout.entry("codes").suffix]
+
+    def spans(self, first: int, rows: int) -> Iterator[Span]:
+        """What ``read_rows`` reads, with what lies between the lines of a transposed tensor."""
+        for e in self.layout.entries:
+            t = self.tensors[e.suffix]
+            if e.rows and e.role != "unused":
+                start, width = _place(e, first, rows)
+                yield t.file, t.start + start, t.start + (e.lines - 1) * e.stride + start + width
+            elif e.role in ("global_scale", "constant"):
+                yield t.file, t.start, t.end
 
 
 #: How a weight of a plan lies in a source where it is not a tensor of floats by itself.
@@ -208,10 +218,8 @@ def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quant
 
 def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Array:
     """What some rows of a weight became; a copy, ``[pieces, ...]`` or ``[lines, pieces]``."""
-    start, stop = first // e.rows * e.nbytes, -(-(first + rows) // e.rows) * e.nbytes
-    stop = min(stop, e.stride)
+    start, width = _place(e, first, rows)
     dtype = DTYPES[t.dtype].numpy
-    width = stop - start
     if e.lines == 1 or width == e.stride:
         raw = bytes_of(c, t, start, width * e.lines)
     else:
@@ -223,6 +231,12 @@ def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Arr
         raw = bytes(buffer)
     shape = (e.lines, -1) if e.transposed else (-1, *e.shape[1:])
     return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _place(e: Entry, first: int, rows: int) -> tuple[int, int]:
+    """Where what some rows became begins in each line of an entry, and its width, in bytes."""
+    start, stop = first // e.rows * e.nbytes, -(-(first + rows) // e.rows) * e.nbytes
+    return start, min(stop, e.stride) - start
 
 
 def slab_rows(s: Stored) -> int:

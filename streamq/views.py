@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint
+from streamq.checkpoint import Checkpoint, Span
 from streamq.tensors import DTYPES, TensorInfo
 
 Array = np.ndarray[Any, Any]
@@ -54,6 +55,13 @@ class View(NamedTuple):
     def row_step(self) -> int:
         """Rows that a slab is a multiple of."""
         return 1
+
+    def spans(self, first: int, rows: int) -> Iterator[Span]:
+        """What ``read`` reads, and what lies between."""
+        itemsize = DTYPES[self.tensor.dtype].itemsize
+        at = self.start + first * self.row_stride * itemsize
+        last = (rows - 1) * self.row_stride + max(0, self.cols - 1) * self.col_stride
+        yield self.tensor.file, at, at + (last + 1) * itemsize
 
     def read(self, checkpoint: Checkpoint, first: int, rows: int) -> Array:
         """Some rows, contiguous, ``[rows, cols]`` in the dtype of the tensor."""
@@ -119,16 +127,26 @@ class Joined(NamedTuple):
         """Rows that a slab is a multiple of."""
         return 1
 
-    def read(self, checkpoint: Checkpoint, first: int, rows: int) -> Array:
-        """Some rows, contiguous, ``[rows, cols]`` in the dtype of the tensors."""
-        pieces, begun = [], 0
+    def _parts(self, first: int, rows: int) -> Iterator[tuple[TensorInfo, Array, int, int]]:
+        """Of each tensor that has some of these rows: which, the least of them and the most."""
+        begun = 0
         for t, order in zip(self.tensors, self.orders, strict=True):
             a, b = max(first - begun, 0), min(first + rows - begun, t.shape[0])
             begun += t.shape[0]
-            if a >= b:
-                continue
-            wanted = np.arange(a, b) if order is None else order[a:b]
-            least, most = int(wanted.min()), int(wanted.max())
+            if a < b:
+                wanted = np.arange(a, b) if order is None else order[a:b]
+                yield t, wanted, int(wanted.min()), int(wanted.max())
+
+    def spans(self, first: int, rows: int) -> Iterator[Span]:
+        """What ``read`` reads."""
+        for t, _, least, most in self._parts(first, rows):
+            row = t.nbytes // t.shape[0]
+            yield t.file, t.start + least * row, t.start + (most + 1) * row
+
+    def read(self, checkpoint: Checkpoint, first: int, rows: int) -> Array:
+        """Some rows, contiguous, ``[rows, cols]`` in the dtype of the tensors."""
+        pieces = []
+        for t, wanted, least, most in self._parts(first, rows):
             found = np.empty((most - least + 1, self.cols), DTYPES[t.dtype].numpy)
             at = t.start + least * found.strides[0]
             checkpoint.pread(t.file, at, found.view(np.uint8).reshape(-1).data)

@@ -189,8 +189,14 @@ def elsewhere(path):
 
 NODES = {
     "other version": (lambda v, *rest: ("9.9", *rest), "streamq is 0.1.0 there and 9.9 here"),
-    "no token": (lambda v, path, *rest: (v, path + "x", *rest), r"No such file.*; DST must be on"),
-    "other token": (lambda v, path, t, o: (v, path, "x", o), r"DST must be on storage that nodes"),
+    "no token": (
+        lambda v, path, *rest: (v, path + "x", *rest),
+        r"No such file.*; built where nodes share",
+    ),
+    "other token": (
+        lambda v, path, t, o: (v, path, "x", o),
+        r"built where nodes share storage that nodes",
+    ),
 }
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"errors"},
     {"crew", "tensors"},
     {"schemes", "trust"},
+    {"hub"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "pipeline", "quality", "recipe", "views"},
     {"stored"},

@@ -186,7 +186,10 @@ def test_an_error_in_a_task(nodes, tmp_path):
 
 @pytest.mark.parametrize(
     ("lacks", "message"),
-    [("in", r"in: no such file or directory\."), ("out", "DST must be on storage that nodes sha")],
+    [
+        ("in", r"in: no such file or directory\."),
+        ("out", "built where nodes share storage that nodes sha"),
+    ],
 )
 def test_a_node_that_does_not_see_all(lacks, message, nodes, tmp_path):
     src = straddling(tmp_path / "in", "llama")

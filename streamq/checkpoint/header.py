@@ -32,8 +32,10 @@ _KEYS = {"dtype", "shape", "data_offsets"}
 class Header:
     """The tensors of one file, in the order of their data, their bytes, its ``__metadata__``."""
 
-    #: Of the file that it was read from.
+    #: Of the file that it was read from, where that is on this machine.
     stamp: Stamp | None = None
+    #: Of its bytes, the first eight included, where they came from elsewhere.
+    sha256: str = ""
 
     def __init__(self, tensors: list[TensorInfo], metadata: dict[str, str], nbytes: int) -> None:
         self.tensors = tensors
@@ -52,27 +54,32 @@ def read_header(path: str, file: str) -> Header:
         raise CheckpointError(f"{file}: cannot be opened: {e.strerror}.") from e
     try:
         found = os.fstat(fd)
-        size = found.st_size
-        length = int.from_bytes(os.pread(fd, 8, 0), "little")
-        if size < 8:
-            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file.")
-        if length > MAX_HEADER:
-            raise CheckpointError(
-                f"{file}: its header claims {length} bytes, the format allows {MAX_HEADER}; "
-                "this is not a safetensors file, or a damaged one."
-            )
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{file}: its header needs {8 + length} bytes, the file has {size}; "
-                "it is truncated, download it again."
-            )
-        header = parse_header(os.pread(fd, length, 8), file, size)
+        length = header_length(os.pread(fd, 8, 0), file, found.st_size)
+        header = parse_header(os.pread(fd, length, 8), file, found.st_size)
         header.stamp = stamp_of(found)
         return header
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
     finally:
         os.close(fd)
+
+
+def header_length(first: bytes, file: str, size: int) -> int:
+    """Bytes of the JSON of a header, from the ``first`` eight of a file of ``size`` bytes."""
+    length = int.from_bytes(first, "little")
+    if size < 8:
+        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file.")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"{file}: its header claims {length} bytes, the format allows {MAX_HEADER}; "
+            "this is not a safetensors file, or a damaged one."
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{file}: its header needs {8 + length} bytes, the file has {size}; "
+            "it is truncated, download it again."
+        )
+    return length
 
 
 def parse_header(raw: bytes, file: str, size: int) -> Header:

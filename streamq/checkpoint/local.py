@@ -1,22 +1,20 @@
-"""A checkpoint in a local directory: its shards, its index, its other files."""
+"""Opening a checkpoint in a local directory: its shards, its index, its other files."""
 
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from streamq.errors import CheckpointError
-from streamq.tensors import TensorInfo
+from streamq.hub import is_hub
 from streamq.trust import RECORD
 
-from .files import leads_out, read_json, stamp_of
+from .files import leads_out, read_json
 from .header import Header, read_header
-
-Array = np.ndarray[Any, Any]
+from .source import Checkpoint
+from .spool import SPOOL
 
 CONFIG = "config.json"
 #: What Ascend's tools say of a quantization, in place of config.json.
@@ -29,155 +27,66 @@ COMPRESSION = "streamq_compression.json"
 #: In ``__metadata__`` of each file of these, as that one may be lost.
 COMPRESSED = "streamq_compression"
 # Weights in other containers: converting the safetensors makes a copy of them stale.
-_WEIGHT_SUFFIXES = (
+WEIGHT_SUFFIXES = (
     ".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
     ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".npz",
 )  # fmt: skip
 
 
-class Checkpoint:
-    """An opened source: headers only, no data.
+def open_checkpoint(
+    src: str | os.PathLike[str], *, use_index: bool = True, spool: int = SPOOL,
+    spool_dir: str | os.PathLike[str] | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Open a directory with an index, one with shards alone, a single file, or ``hf://org/repo``.
 
-    ``tensors``: by name, in file order; ``nbytes`` of all. ``files``: shard file names in order.
-    ``metadata``: by file, what its header says beside tensors. ``config``: config.json, {}
-    where there is none. ``others``: paths, relative to ``root``, of the files that are not
-    weights. ``oddities``: sentences for people.
+    Reads headers, index and config. Raises CheckpointError for whatever is wrong with them, and
+    HubError where a repository cannot be read. Without ``use_index`` all shards count, whatever
+    the index says. ``spool``: bytes on disk, in ``spool_dir``, for what of a repository is needed
+    more than once.
     """
+    if is_hub(src):
+        from .from_hub import open_hub
 
-    def __init__(
-        self,
-        root: Path,
-        headers: dict[str, Header],
-        config: dict[str, Any],
-        others: list[str],
-        oddities: list[str],
-    ) -> None:
-        self.root = root
-        self.files = list(headers)
-        self.metadata = {file: header.metadata for file, header in headers.items()}
-        self.config = config
-        self.others = others
-        self.oddities = oddities
-        self._stamps = {file: header.stamp for file, header in headers.items()}
-        self.nbytes = sum(header.nbytes for header in headers.values())
-        self.tensors: dict[str, TensorInfo] = {}
-        for header in headers.values():
-            known = len(self.tensors)
-            self.tensors.update([(t.name, t) for t in header.tensors])
-            if len(self.tensors) != known + len(header.tensors):
-                self._refuse_doubles(headers)
-        self._fds: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def _refuse_doubles(self, headers: dict[str, Header]) -> None:
-        homes: dict[str, str] = {}
-        for header in headers.values():
-            for t in header.tensors:
-                file = homes.setdefault(t.name, t.file)
-                if file != t.file:
-                    raise CheckpointError(
-                        f"tensor {t.name!r} is in {file} and in {t.file}; "
-                        "a checkpoint holds each tensor once."
-                    )
-
-    def fd(self, file: str) -> int:
-        """A read-only descriptor of a shard, opened at first use and shared by threads."""
-        fd = self._fds.get(file)
-        if fd is None:
-            with self._lock:
-                fd = self._fds.get(file)
-                if fd is None:
-                    fd = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
-                    self._fds[file] = fd
-        return fd
-
-    def pread(self, file: str, start: int, into: memoryview) -> None:
-        """Fill ``into`` with the bytes at ``start`` of a shard.
-
-        Raises CheckpointError where the file ends early or cannot be read.
-        """
-        done = 0
-        while done < len(into):
-            try:
-                n = os.preadv(self.fd(file), [into[done:]], start + done)
-            except OSError as e:
-                raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
-            if n == 0:
-                raise CheckpointError(
-                    f"{file}: ends before byte {start + len(into)}; it changed while being read."
-                )
-            done += n
-
-    def pread_lines(self, file: str, start: int, step: int, into: Array) -> None:
-        """Fill the rows of ``into``, uint8 ``[lines, bytes]``, from ``start + i * step`` on.
-
-        Raises CheckpointError as ``pread`` does.
-        """
-        from .lines import read_lines  # numba takes 0.2 s, and few checkpoints need this
-
-        whole: int = read_lines(self.fd(file), start, step, into)
-        for i in range(whole, len(into)):  # interrupted, or an error to tell of
-            self.pread(file, start + i * step, into[i].data)
-
-    def refuse_changed(self) -> None:
-        """Raise CheckpointError for a shard that is not the one whose header was read."""
-        for file, stamp in self._stamps.items():
-            try:
-                found = stamp_of(os.stat(self.root / file))
-            except OSError as e:
-                raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
-            if stamp is not None and found != stamp:
-                raise CheckpointError(
-                    f"{file}: changed while it was read, so that old and new bytes may be mixed; "
-                    "run again when nothing writes to it."
-                )
-
-    def close(self) -> None:
-        """Close all descriptors."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_checkpoint(src: str | os.PathLike[str], *, use_index: bool = True) -> Checkpoint:
-    """Open a directory with an index, one with shards alone, or a single file.
-
-    Reads headers, index and config. Raises CheckpointError for whatever is wrong with them.
-    Without ``use_index`` all shards of a directory count, whatever its index says.
-    """
+        return open_hub(str(src), use_index, spool, spool_dir)
     path = Path(src)
     if is_compressed(path.parent if path.is_file() else path):
         raise CheckpointError(f"{path}: is compressed; `streamq decompress` it first.")
     if path.is_file():
-        config = _config(path.parent)
+        config = read_config(path.parent)
         others = [name for name in (CONFIG, DESCRIPTION) if (path.parent / name).is_file()]
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory.")
-    config = _config(path)
-    others, elsewhere = _other_files(path)
+    config = read_config(path)
+    others, elsewhere = other_files(path)
     oddities = []
     if elsewhere:
         oddities.append(f"{', '.join(elsewhere)}: links out of the directory, not copied")
     shards = sorted(p.name for p in path.glob("*.safetensors"))
-    index_path = _find_index(path) if use_index else None
-    index = None
-    if index_path is not None:
-        index = _read_index(index_path)
-        named = sorted(set(index.values()))
-        unnamed = [s for s in shards if s not in set(named)]
-        if unnamed:
-            oddities.append(f"{', '.join(unnamed)}: not named by the index, left out")
-        shards = named
+    shards, index = by_index(path, shards, use_index, oddities)
     if not shards:
         raise CheckpointError(f"{path}: no *.safetensors file here.")
     return _open(path, shards, index, config, others, oddities)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or says where they are, by its name."""
+    return name.endswith(WEIGHT_SUFFIXES)
+
+
+def by_index(
+    root: Path, shards: list[str], use_index: bool, oddities: list[str]
+) -> tuple[list[str], dict[str, str] | None]:
+    """The shards that count, and the file of each tensor where an index says so."""
+    path = _find_index(root) if use_index else None
+    if path is None:
+        return shards, None
+    index = _read_index(path)
+    named = sorted(set(index.values()))
+    unnamed = [s for s in shards if s not in set(named)]
+    if unnamed:
+        oddities.append(f"{', '.join(unnamed)}: not named by the index, left out")
+    return named, index
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
@@ -185,7 +94,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / COMPRESSION).is_file()
 
 
-def _config(root: Path) -> dict[str, Any]:
+def read_config(root: Path) -> dict[str, Any]:
     """config.json, with Ascend's description where other quantizations are said.
 
     Older files of its have the type of the model in their name. Raises CheckpointError where
@@ -216,18 +125,35 @@ def _open(
     others: list[str],
     oddities: list[str],
 ) -> Checkpoint:
-    for name in shards:
-        if not (root / name).is_file():
-            raise CheckpointError(
-                f"{name}: named by the index but not in {root}; the download is incomplete."
-            )
+    refuse_missing(shards, [name for name in shards if (root / name).is_file()], str(root))
+    headers = counted(((name, read_header(str(root / name), name)) for name in shards), str(root))
+    oddities += look_at(headers)
+    return finished(Checkpoint(root, headers, config, others, oddities), index)
+
+
+def refuse_missing(shards: list[str], there: Iterable[str], place: str) -> None:
+    """Raise CheckpointError for shards that the index names and that are not there."""
+    missing = sorted({*shards} - {*there})
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]}: named by the index but not in {place}; the download is incomplete."
+        )
+
+
+def counted(found: Iterable[tuple[str, Header]], place: str) -> dict[str, Header]:
+    """Headers by file. Raises CheckpointError as soon as they have more tensors than any has."""
     headers: dict[str, Header] = {}
     count = 0
-    for name in shards:
-        headers[name] = read_header(str(root / name), name)
-        count += len(headers[name].tensors)
+    for name, header in found:
+        headers[name] = header
+        count += len(header.tensors)
         if count > MAX_TENSORS:
-            raise CheckpointError(f"{root}: more than {MAX_TENSORS} tensors, which none has.")
+            raise CheckpointError(f"{place}: more than {MAX_TENSORS} tensors, which none has.")
+    return headers
+
+
+def look_at(headers: dict[str, Header]) -> list[str]:
+    """What is odd about headers. Raises CheckpointError for weights that are compressed."""
     packed = [name for name, header in headers.items() if COMPRESSED in header.metadata]
     if packed:
         raise CheckpointError(
@@ -235,13 +161,17 @@ def _open(
             "`streamq decompress` needs both."
         )
     unmarked = [name for name, header in headers.items() if "format" not in header.metadata]
-    if unmarked:
-        oddities.append(f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it")
-    checkpoint = Checkpoint(root, headers, config, others, oddities)
+    if not unmarked:
+        return []
+    return [f"{', '.join(unmarked)}: no format in __metadata__, some loaders refuse it"]
+
+
+def finished(checkpoint: Checkpoint, index: dict[str, str] | None) -> Checkpoint:
+    """The checkpoint, if it is one. Raises CheckpointError where its index is wrong."""
     if index is not None:
         _compare_with_index(checkpoint, index)
     if not checkpoint.tensors:
-        raise CheckpointError(f"{root}: the shards hold no tensor.")
+        raise CheckpointError(f"{checkpoint.place}: the shards hold no tensor.")
     return checkpoint
 
 
@@ -298,7 +228,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _other_files(root: Path) -> tuple[list[str], list[str]]:
+def other_files(root: Path) -> tuple[list[str], list[str]]:
     """Files to copy: all but weights and hidden ones; and those that ``leads_out`` is true of."""
     found: list[str] = []
     elsewhere: list[str] = []
@@ -308,6 +238,6 @@ def _other_files(root: Path) -> tuple[list[str], list[str]]:
             path = Path(folder, name)
             if path == root / RECORD:  # of the source; the output has one of its own
                 continue
-            if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
+            if not name.startswith(".") and not is_weights(name) and path.is_file():
                 (elsewhere if leads_out(root, path) else found).append(str(path.relative_to(root)))
     return found, elsewhere

@@ -22,6 +22,7 @@ from .options import (
     settings_of,
 )
 from .report import of_conversion, report_option
+from .upload import places_of, upload_options
 
 
 class Wanted(NamedTuple):
@@ -60,13 +61,13 @@ def _wanted(dst: str | None, o: dict[str, Any]) -> list[Wanted]:
     return found
 
 
-def _outputs(source: Any, wanted: list[Wanted], o: dict[str, Any]) -> list[Any]:
-    """The plan and the directory of each output."""
+def _outputs(source: Any, wanted: list[Wanted], places: list[Any], o: dict[str, Any]) -> list[Any]:
+    """The plan and the place of each output."""
     from streamq.converting import Output
     from streamq.planning import make_plan
 
     found = []
-    for w in wanted:
+    for w, place in zip(wanted, places, strict=True):
         said: list[str] = []
         if is_allocated(o):
             options, said = allocated(source, o)
@@ -74,7 +75,7 @@ def _outputs(source: Any, wanted: list[Wanted], o: dict[str, Any]) -> list[Any]:
             options = options_of(o, w.scheme, w.format)
         made = make_plan(source, options)
         made.notes += said
-        found.append(Output(made, Path(w.dst or "")))
+        found.append(Output(made, place))
     return found
 
 
@@ -90,6 +91,7 @@ _to = click.option(
 @scheme_options
 @target_options
 @device_options
+@upload_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
     """Show what a conversion of SRC would do, without writing anything.
@@ -105,10 +107,13 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq.converting import means_of
     from streamq.writer import free_bytes
 
+    places = places_of(src, wanted, o)
     with open_checkpoint(src) as source:
-        outputs = _outputs(source, wanted, o)
+        outputs = _outputs(source, wanted, places, o)
         means = means_of(outputs, settings_of(o))
-        free = [free_bytes(Path(w.dst)) if w.dst else None for w in wanted]
+        free = [
+            free_bytes(x.folder) if w.dst else None for x, w in zip(outputs, wanted, strict=True)
+        ]
     if o["as_json"]:
         plans = [show.plan_json(x.plan, means, f) for x, f in zip(outputs, free, strict=True)]
         click.echo(json.dumps(plans if o["to"] else plans[0], indent=2))
@@ -127,6 +132,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @_to
 @dry_run_option
 @resumed_options
+@upload_options
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @report_option
 @quiet_option
@@ -135,7 +141,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
 
     SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
     already. DST appears when it is complete; until then the work is in DST.partial, and the same
-    command goes on there where it was interrupted.
+    command goes on there where it was interrupted. A DST hf://org/repo is a repository on the Hub:
+    shards are uploaded as they are complete, and one commit shows them all (docs/hub.md).
     """
     from streamq import show
     from streamq.checkpoint import open_checkpoint
@@ -158,14 +165,16 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
     if o["page"]:
         check_target(Path(o["page"]))
-    for w in wanted:
-        refuse_overlap(src, w.dst or "")
+    places = places_of(src, wanted, o)
+    for place in places:
+        if isinstance(place, Path):
+            refuse_overlap(src, place)
     with opened(o["engine"], src) as engine, open_checkpoint(src) as source:
-        outputs = _outputs(source, wanted, o)
+        outputs = _outputs(source, wanted, places, o)
         means = (engine.means if engine else means_of)(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])
         for output in outputs:
-            for line in show.plan_lines(output.plan, means, free):
+            for line in show.plan_lines(output.plan, means, free, output.disk_needed):
                 say(line)
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:

@@ -53,10 +53,10 @@ def chooser(source: Checkpoint, options: Options, said: Description | None) -> C
         and said is not None
         and (old := set(said.types.values()) & {*COMPRESSED})
     ):
-        raise PlanError(f"{source.root}: its weights are {old.pop()}, so compressed already.")
+        raise PlanError(f"{source.place}: its weights are {old.pop()}, so compressed already.")
     if options.keep is not None and said is not None:
         raise PlanError(
-            f"--sparsity is for float checkpoints, and {source.root} has a {FILE}: its types and "
+            f"--sparsity is for float checkpoints, and {source.place} has a {FILE}: its types and "
             "its quant_bias were made for the weights as they are; prune before quantizing."
         )
     test = matcher(options.disable)
@@ -103,13 +103,13 @@ def _ascend(source: Checkpoint, options: Options, said: Description | None) -> C
         types = said.types
         if not {*types.values()} & {*SPARSE}:
             raise PlanError(
-                f"{source.root}: its {FILE} has no W8A8S and no W16A16S weight, and only these "
+                f"{source.place}: its {FILE} has no W8A8S and no W16A16S weight, and only these "
                 "become something that a loader decompresses; use --codec zstd."
             )
         return lambda t: _typed(t, types.get(t.name, "no type"), options)
     if options.keep is None:
         raise PlanError(
-            f"{source.root}: without a {FILE} there is no W8A8S or W16A16S weight for --codec "
+            f"{source.place}: without a {FILE} there is no W8A8S or W16A16S weight for --codec "
             "ascend; give --sparsity magnitude:R for a checkpoint in f16, or use --codec zstd."
         )
     pruned = _pruned(source, options)

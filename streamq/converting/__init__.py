@@ -5,31 +5,31 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamq.checkpoint import CONFIG, Checkpoint
-from streamq.errors import PlanError
+from streamq.checkpoint import SPOOL, Checkpoint
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
-from streamq.trust import fingerprint
-from streamq.writer import Destination, check_destination, same_disk
+from streamq.writer import Destination, HubDestination, Upload, place_of
 
 from .boxes import Tally
+from .card import card_of
 from .devices import Means
 from .engine import Engine, Started
+from .finish import finish
 from .origin import identity_of, origin_of
+from .places import Output, check_outputs, destination_of
+from .reads import traffic_of
 from .run import Shards, Target, units_of
 from .threads import Here, default_workers, means_of, shards_to
 from .worker import Progress
 
 __all__ = [
     "Engine", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary", "Tally",
-    "convert", "convert_all", "default_workers", "identity_of", "means_of", "repeat", "shards_to",
-    "units_of",
+    "Upload", "check_outputs", "convert", "convert_all", "default_workers", "identity_of",
+    "means_of", "repeat", "shards_to", "traffic_of", "units_of",
 ]  # fmt: skip
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,9 @@ class Settings:
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
-    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``spool``: bytes on disk, in
+    ``spool_dir``, of what a source on the Hub sent and is needed again. ``upload``: for outputs on
+    the Hub.
     """
 
     workers: int | None = None
@@ -57,14 +59,9 @@ class Settings:
     sha256: bool = False
     device: str = "cpu"
     device_memory: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A plan and the directory that it is carried out to."""
-
-    plan: Plan
-    dst: Path
+    spool: int = SPOOL
+    spool_dir: Path | None = None
+    upload: Upload = field(default_factory=Upload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices.
+    run had written. ``remarks``: sentences about devices. ``url``: of the commit on the Hub.
     """
 
     bytes_in: int
@@ -84,6 +81,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    url: str | None = None
 
 
 def convert(
@@ -93,8 +91,9 @@ def convert(
     settings: Settings = Settings(),
     engine: Engine | None = None,
 ) -> Summary:
-    """Write the checkpoint that ``plan`` describes to the directory ``dst``."""
-    (summary,) = convert_all(source, [Output(plan, Path(dst))], settings, engine)
+    """Write the checkpoint that ``plan`` describes to ``dst``, a directory or ``hf://org/repo``."""
+    outputs = [Output(plan, place_of(dst, settings.upload))]
+    (summary,) = convert_all(source, outputs, settings, engine)
     return summary
 
 
@@ -115,10 +114,10 @@ def convert_all(
     means = engine.means(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
-    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
+    targets = [destination_of(o, s.overwrite, s.sync, s.sha256) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
-    prints = fingerprint(source.root, source.files, source.others)
+    prints = source.fingerprint()
     try:
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
@@ -131,13 +130,17 @@ def convert_all(
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
+        losses = dict(zip((id(t) for _, t in work), run.measured, strict=True))
         for output, target in pairs:
+            if isinstance(target, HubDestination):
+                quality, _ = losses.get(id(target), (None, 0))
+                target.write_card(card_of(source, output, quality))
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:
             if target.begun and target.partial.exists():
                 e.add_note(
-                    f"{target.dst} was not written; {target.partial} stays, the same command goes "
+                    f"{target.name} was not written; {target.partial} stays, the same command goes "
                     "on from there."
                 )
         raise
@@ -149,7 +152,8 @@ def convert_all(
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
     summaries = []
-    for plan, before in zip((o.plan for o in outputs), resumed, strict=True):
+    for (output, target), before in zip(pairs, resumed, strict=True):
+        plan = output.plan
         ran, (quality, rounded) = (
             ("copied", (None, 0)) if plan.verbatim else (backend, next(measured))
         )
@@ -164,6 +168,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                target.url,
             )
         )
     return summaries
@@ -191,47 +196,3 @@ def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -
     run, _ = shards_to(source, plan, target, settings)
     finish(source, plan, target, settings.progress or (lambda n, name: None))
     return run.measured[0][0] if run.measured else None
-
-
-def refuse_entangled(folders: list[Path]) -> None:
-    """Raise PlanError where one output would lie in another, or be built where another is."""
-    taken: list[tuple[Path, Path]] = []
-    for folder in folders:
-        places = [folder.resolve(), folder.with_name(folder.name + ".partial").resolve()]
-        for place in places:
-            for other, of in taken:
-                if place == other or place in other.parents or other in place.parents:
-                    raise PlanError(f"the outputs {of} and {folder} overlap; choose other places.")
-        taken += [(place, folder) for place in places]
-
-
-def check_outputs(outputs: list[Output], overwrite: bool) -> int:
-    """Everything about the destinations that can be known before writing.
-
-    Returns the free bytes of the first. Raises WriteError; those on one disk share it.
-    """
-    refuse_entangled([o.dst for o in outputs])
-    free = []
-    for o in outputs:
-        together = sum(p.plan.disk_needed for p in outputs if same_disk(p.dst, o.dst))
-        free.append(check_destination(o.dst, together, overwrite))
-    return free[0]
-
-
-def finish(source: Checkpoint, plan: Plan, target: Target, progress: Progress) -> None:
-    """All files but the shards; all files at all of a source that is what is wanted."""
-    if plan.verbatim:
-        index = [path.name for path in source.root.glob("*.safetensors.index.json")]
-        for name in [*source.others, *index, *source.files]:
-            target.copy_file(source.root / name, name, keep=name in source.files)
-            progress(sum(t.nbytes for t in source.tensors.values() if t.file == name), name)
-        return
-    for name in plan.others:
-        if name != CONFIG and name not in plan.files and name not in plan.texts:
-            target.copy_file(source.root / name, name)
-    if len(plan.shards) > 1:
-        target.write_text(INDEX, plan.index())
-    for name, value in {**plan.files, CONFIG: plan.config}.items():
-        target.write_json(name, value)
-    for name, text in plan.texts.items():
-        target.write_text(name, [text])

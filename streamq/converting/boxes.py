@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from streamq.checkpoint import Reader
 from streamq.formats import Entry, Role
 from streamq.planning import STRIP
 from streamq.quality import Quality
@@ -29,7 +30,7 @@ class Writer(Protocol):
     def put_small(self, offset: int, data: bytes) -> None:
         """Take a few bytes."""
 
-    def copy_from(self, fd: int, start: int, offset: int, nbytes: int) -> None:
+    def copy_from(self, read: Reader, start: int, offset: int, nbytes: int) -> None:
         """Take bytes of a source file."""
 
 

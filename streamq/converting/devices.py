@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamq.checkpoint import Traffic
 from streamq.errors import PlanError
 from streamq.pipeline.names import device_names
 from streamq.planning import Plan, Weights
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # what only devices need is imported for them: 3 ms
 #: Host memory of torch and Triton: measured with a build of torch 2.13 for the CPU (345 MiB with
 #: numba, which takes 89 alone); the context of a GPU comes on top of it.
 TORCH_MEMORY = 256 << 20
+#: Of huggingface_hub, and of what is under way on the connections to the Hub.
+HUB_MEMORY = 64 << 20
 
 #: What ``--device auto`` compares. Bytes of bf16 a second that one core quantizes: about the
 #: slowest in docs/performance.md, and in docs/quality.md for searched scales.
@@ -32,13 +35,15 @@ class Means:
     """What a conversion runs on.
 
     ``workers``: threads. ``held``: bytes of each beside the buffers that the plan knows of.
-    ``fleet``: None for the CPU. ``remarks``: why ``auto`` chose what it did.
+    ``fleet``: None for the CPU. ``remarks``: why ``auto`` chose what it did. ``traffic``: what a
+    source that is not on this machine has to send; None for others.
     """
 
     workers: int
     held: int
     fleet: Fleet | None = None
     remarks: tuple[str, ...] = ()
+    traffic: Traffic | None = None
 
     @property
     def devices(self) -> list[str]:
@@ -47,7 +52,8 @@ class Means:
 
     def peak_memory(self, plan: Plan) -> int:
         """Estimate of the peak resident size of the process, in bytes."""
-        return plan.peak_memory(self.workers, self.held) + (TORCH_MEMORY if self.fleet else 0)
+        more = (TORCH_MEMORY if self.fleet else 0) + (HUB_MEMORY if self.traffic else 0)
+        return plan.peak_memory(self.workers, self.held) + more
 
     def backend(self, cpu: str) -> str:
         """Whose kernels ran, for people; ``cpu``: the name of the CPU's."""

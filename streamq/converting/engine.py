@@ -10,9 +10,10 @@ from streamq.quality import Quality
 from streamq.writer import Destination
 
 from .devices import Means
+from .places import Output
 
 if TYPE_CHECKING:
-    from . import Output, Settings
+    from . import Settings
 
 
 class Started(Protocol):

@@ -17,6 +17,8 @@ from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, QuantizePart, jobs_of
+from .reads import as_they_lie, reads, with_released
+from .rooms import Rooms, Space
 from .scheduler import Scheduler
 from .worker import Progress, Worker
 
@@ -24,8 +26,27 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 
+class Outlet(Protocol):
+    """Takes complete shards off the disk. ``room``: bytes of them that may be there."""
+
+    room: int
+
+    def watch(self, gone: Callable[[str, BaseException | None], None]) -> None:
+        """Have it told of each shard that is gone, or of the error because of which none will."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a complete shard is on the disk."""
+
+    def make_room(self, size: int) -> None:
+        """Wait until there is room for a shard of ``size`` bytes."""
+
+
 class Shards(Protocol):
     """Where the shards of an output go."""
+
+    @property
+    def outlet(self) -> Outlet | None:
+        """What takes shards off the disk; without one all stay there."""
 
     @property
     def goes_on(self) -> bool:
@@ -86,10 +107,24 @@ class Run:
         ]
         self._idle: list[int] = []  # shards of which an earlier run has written all
         self.unmeasured = False  # whether one did that without measuring what weights lose
+        self._lost: BaseException | None = None  # why shards cannot be brought away
+        spaces = [Space(shard.size, i) for i, (plan, _) in enumerate(work) for shard in plan.shards]
+        outlets = [destination.outlet for _, destination in work]
+        rooms = Rooms(spaces, [outlet.room if outlet else None for outlet in outlets])
+        self._scheduler = Scheduler((), len(self._shards), rooms)
+        for i, outlet in enumerate(outlets):
+            if outlet is not None:
+                outlet.watch(partial(self._gone, {
+                    shard.name: number for number, (shard, _, _) in enumerate(self._shards)
+                    if spaces[number].owner == i
+                }))  # fmt: skip
         jobs = list(jobs_of([plan.shards for plan, _ in work]))
         if any(destination.goes_on for _, destination in work):
             jobs = self._left_of(jobs)
-        self._scheduler = Scheduler(jobs, len(self._shards))
+        if source.remote is not None:
+            jobs = as_they_lie(jobs)
+            source.expect(map(reads, with_released(jobs)))
+        self._scheduler.add(jobs)
         self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
 
@@ -114,6 +149,8 @@ class Run:
         finally:
             for sink in self._sinks.values():
                 sink.shard.abandon()
+        if self._lost is not None:
+            raise self._lost
         return kernels
 
     def _left_of(self, jobs: list[Job]) -> list[Job]:
@@ -141,7 +178,20 @@ class Run:
             for number, (shard, destination, _) in enumerate(self._shards)
             if number not in busy and not destination.is_complete(shard.name)
         ]
+        for number, (shard, destination, _) in enumerate(self._shards):
+            if done[number] and (outlet := destination.outlet):
+                self._scheduler.occupied(number)
+                if destination.is_complete(shard.name) and not outlet.holds(shard.name):
+                    self._scheduler.freed(number)
         return left
+
+    def _gone(self, numbers: dict[str, int], name: str, error: BaseException | None) -> None:
+        """A shard is off the disk, or it and others cannot be brought away."""
+        if error is not None:
+            self._lost = error
+            self._scheduler.stop()
+        elif name in numbers:
+            self._scheduler.freed(numbers[name])
 
     def _close(self, number: int) -> None:
         """Close a shard of which all is written."""
@@ -159,7 +209,8 @@ class Run:
         worker = self._hire(number, kernels)
         try:
             while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
-                released = job.run(worker, self._sink)
+                with self._source.reading(partial(reads, job), self._crew.stop):
+                    released = job.run(worker, self._sink)
                 for shard in self._scheduler.done(job, released):
                     self._crew.close(partial(self._close, shard))
         finally:

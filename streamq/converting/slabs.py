@@ -6,11 +6,12 @@ tensors cost few more calls than the same bytes in large ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from streamq.checkpoint import Span
 from streamq.formats import Entry, Layout, Role
 from streamq.planning import SLAB, Weights, slab_rows
 from streamq.schemes import BYTES, Packing
@@ -169,8 +170,8 @@ def shared(
     return entries, packing_of(slab.layout), above
 
 
-def span_of(rows: Stretch) -> tuple[str, int, int]:
-    """File, first byte and the byte behind the last that a stretch reads."""
+def span_of(rows: Stretch) -> Span:
+    """File, first byte and the byte behind the last that a stretch of floats reads."""
     weights, first = rows.weights, int(rows.members[0])
     itemsize = weights.numpy.itemsize
     layout = weights.layouts[int(weights.kind[first])]
@@ -178,15 +179,13 @@ def span_of(rows: Stretch) -> tuple[str, int, int]:
     return weights.sources[first].file, start, start + int(rows.ends[-1]) * itemsize
 
 
-def joined(spans: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-    """Spans without what they have in common: overlapping and neighbouring ones become one."""
-    last: tuple[str, int, int] | None = None
-    for file, start, end in sorted(spans):
-        if last is not None and file == last[0] and start <= last[2]:
-            last = file, last[1], max(end, last[2])
-            continue
-        if last is not None:
-            yield last
-        last = file, start, end
-    if last is not None:
-        yield last
+def spans_of(rows: Stretch) -> Iterator[Span]:
+    """All that a stretch reads, also where its only member is no tensor of floats by itself."""
+    weights = rows.weights
+    if weights.stored is None:
+        yield span_of(rows)
+        return
+    member = int(rows.members[0])
+    where = weights.stored[member]
+    count = int(rows.ends[0]) // weights.layouts[int(weights.kind[member])].cols
+    yield from where.spans(rows.first, count)

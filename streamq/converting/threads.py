@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from streamq.writer import Destination
 from .devices import Means, is_quantized, means
 from .engine import Started
 from .jobs import JOB
+from .places import Output
+from .reads import traffic_of
 from .run import Run, Shards
 
 if TYPE_CHECKING:
-    from . import Output, Settings
+    from . import Settings
     from .fleet import Fleet
 
 #: Kernels that are in the cache on disk load in well under this; compiling takes longer.
@@ -34,14 +37,19 @@ def default_workers() -> int:
 def means_of(outputs: list[Output], settings: Settings) -> Means:
     """As many threads as memory allows, and devices; see ``Means``.
 
-    With several outputs each thread holds what it reads. Raises PlanError where memory does
-    not hold one, and for a device that cannot be used.
+    With several outputs each thread holds what it reads, and from the Hub as well. Raises
+    PlanError where memory does not hold one, and for a device that cannot be used.
     """
-    return means(
-        [o.plan for o in outputs], settings.device, settings.workers or default_workers(),
-        settings.max_memory, settings.device_memory, JOB if len(outputs) > 1 else 0,
+    plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
+    wanted = settings.workers or default_workers()
+    traffic = traffic_of(plans)
+    if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
+        held, wanted = traffic.held, settings.workers or 2 * wanted
+    found = means(
+        plans, settings.device, wanted, settings.max_memory, settings.device_memory, held,
         settings.stats,
     )  # fmt: skip
+    return replace(found, traffic=traffic)
 
 
 class Here:
@@ -84,7 +92,10 @@ def shards_to(
 ) -> tuple[Run, str]:
     """Give the shards of a plan to ``target``, and nothing else; the name of the kernels, too."""
     work = [] if plan.verbatim else [(plan, target)]
-    workers = plan.workers_within(settings.workers or default_workers(), settings.max_memory)
+    wanted = settings.workers or default_workers()
+    traffic = traffic_of([plan])
+    held = 0 if traffic is None else traffic.held
+    workers = plan.workers_within(wanted, max(settings.max_memory, held + plan.slab_memory), held)
     progress = settings.progress or (lambda n, name: None)
     run = Run(source, work, workers, progress, settings.stats, settings.details)
     kernels = run.run(lambda: load_kernels([plan for plan, _ in work], settings))

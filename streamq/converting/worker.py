@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint
+from streamq.checkpoint import Checkpoint, joined
 from streamq.errors import StreamqError
 from streamq.kernels.reference import outer_scale
 from streamq.planning import Weights
@@ -21,7 +21,7 @@ from streamq.tensors import DTYPES
 
 from .boxes import Out, Sink, Tally, Writer
 from .errors import refuse_damaged, telling
-from .slabs import Array, Slab, Stretch, joined, placed, shared, slabs, span_of
+from .slabs import Array, Slab, Stretch, placed, shared, slabs, span_of
 
 #: Bytes of one piece of a plain copy.
 COPY = 16 << 20
@@ -54,7 +54,12 @@ class Worker:
         self._held: list[tuple[str, int, Array]] = []
 
     def hold(self, work: list[Stretch]) -> None:
-        """Read what some work will look at, once, until ``release``."""
+        """Read what some work will look at, once, until ``release``.
+
+        What a job reads of a remote source is in memory already.
+        """
+        if self._source.remote is not None:
+            return
         for file, start, end in joined(span_of(r) for r in work if r.weights.stored is None):
             self._heed()
             held = np.empty(end - start, np.uint8)
@@ -228,10 +233,11 @@ class Worker:
         self, file: str, start: int, offset: int, nbytes: int, name: str, shard: Writer
     ) -> None:
         """Copy bytes that stay as they are, a piece at a time so that a stop is heard."""
+        read = self._source.reader(file)
         for done in range(0, nbytes, COPY):
             self._heed()
             n = min(COPY, nbytes - done)
-            shard.copy_from(self._source.fd(file), start + done, offset + done, n)
+            shard.copy_from(read, start + done, offset + done, n)
             self._progress(n, name)
 
     def _read(self, slab: Slab, into: Array | None = None) -> Array:

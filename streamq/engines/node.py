@@ -12,7 +12,7 @@ from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.converting import Settings, identity_of, shards_to
 from streamq.errors import CheckpointError, StreamqError
 from streamq.planning import Plan, make_plan, unspelled
-from streamq.trust import FileSum, differences, fingerprint
+from streamq.trust import FileSum, differences
 from streamq.writer import ShardWriter, SyncPool
 
 
@@ -83,8 +83,9 @@ def _opened(order: Order) -> tuple[Checkpoint, list[Plan]]:
     for source, _ in _held.values():
         source.close()
     _held.clear()
-    source = open_checkpoint(order.source)
-    prints = fingerprint(source.root, source.files, source.others)
+    s = order.settings
+    source = open_checkpoint(order.source, spool=s.spool, spool_dir=s.spool_dir)
+    prints = source.fingerprint()
     plans = []
     for identity in order.identities:
         plans.append(make_plan(source, unspelled(identity["options"])))
@@ -122,6 +123,7 @@ class _Attempt:
     """
 
     goes_on = False
+    outlet = None
 
     def __init__(self, folder: Path, sha256: bool) -> None:
         self.sync = SyncPool(True)

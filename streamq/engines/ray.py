@@ -12,10 +12,11 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from streamq.checkpoint import Checkpoint
-from streamq.converting import Means, Output, Settings, identity_of
+from streamq.converting import Means, Output, Settings, identity_of, traffic_of
 from streamq.errors import PlanError
+from streamq.hub import is_hub
 from streamq.planning import Plan
-from streamq.trust import VERSION, fingerprint
+from streamq.trust import VERSION
 from streamq.writer import Destination
 
 from .node import Order
@@ -34,7 +35,7 @@ class Ray:
         Raises PlanError where Ray is not installed.
         """
         self._address = address
-        self._source = os.path.abspath(src)
+        self._source = str(src) if is_hub(src) else os.path.abspath(src)
         try:
             import ray
         except ImportError:
@@ -75,15 +76,17 @@ class Ray:
                 f"--workers {wanted}: the largest node of the Ray cluster has {max(cpus)} CPUs, "
                 "and these are the threads of one task; ask for less."
             )
-        workers = min(o.plan.workers_within(wanted, settings.max_memory) for o in outputs)
+        traffic = traffic_of([o.plan for o in outputs])
+        held = 0 if traffic is None else traffic.held
+        workers = min(o.plan.workers_within(wanted, settings.max_memory, held) for o in outputs)
         said = f"Ray: {tasks} tasks of {workers} workers; {len(cpus)} nodes, {sum(cpus)} CPUs"
-        return Means(workers, 0, None, (said,))
+        return Means(workers, held, None, (said,), traffic)
 
     def start(
         self, source: Checkpoint, work: list[tuple[Plan, Destination]], means: Means, s: Settings
     ) -> Tasks:
         """The tasks; they begin with ``run``."""
-        prints = fingerprint(source.root, source.files, source.others)
+        prints = source.fingerprint()
         token = uuid.uuid4().hex
         order = Order(
             token,

@@ -6,7 +6,8 @@ Ray does not retry them by itself, so that what a lost one has left can be remov
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,8 +89,11 @@ class Tasks:
                 folder.mkdir(parents=True)
             self._engine.refuse_unlike(self._order, workers)
             begin = self._beginner(workers)
-            pending = {begin(job): job for job in sorted(self._left, key=lambda j: -j.shard.size)}
-            while pending:
+            waiting = deque(sorted(self._left, key=lambda job: -job.shard.size))
+            while waiting or pending:
+                while waiting and self._has_room(waiting[0], pending.values()):
+                    job = waiting.popleft()
+                    pending[begin(job)] = job
                 ready, _ = self._ray.wait(list(pending), timeout=PATIENCE)
                 if not ready and not self._engine.nodes(workers):
                     self._say(f"no node with {workers} CPUs is left; waiting for one")
@@ -99,8 +103,7 @@ class Tasks:
                         self._take(job, result[1])
                         done.append(result)
                     else:
-                        again = job._replace(tries=job.tries + 1)
-                        pending[begin(again)] = again
+                        waiting.appendleft(job._replace(tries=job.tries + 1))
         finally:
             for ref in pending:
                 with suppress(Exception):
@@ -111,6 +114,17 @@ class Tasks:
         if self._lost:
             said += f"; {self._lost} more were lost with their worker or node, and done again"
         return ", ".join(sorted({made.kernels for _, made in done})), (said,)
+
+    def _has_room(self, job: _Job, pending: Collection[_Job]) -> bool:
+        """Whether there is room where the output is built, now or when more of it has gone."""
+        outlet = self._targets[job.number].outlet
+        if outlet is None:
+            return True
+        made = sum(other.shard.size for other in pending if other.number == job.number)
+        if made and made + job.shard.size > outlet.room:
+            return False
+        outlet.make_room(made + job.shard.size)
+        return True
 
     def _beginner(self, workers: int) -> Callable[[_Job], Any]:
         """What begins a task and returns the reference to its result."""

@@ -15,6 +15,7 @@ from streamq.checkpoint import DESCRIPTION, Checkpoint
 from streamq.errors import PlanError
 from streamq.families import Family, is_expert_stack
 from streamq.formats import Ascend, Format, default_format, format_of, quantization_of
+from streamq.hub import is_hub
 from streamq.stored import Stored, Where, find_stored
 from streamq.tensors import TensorInfo, element, size_text
 
@@ -41,11 +42,12 @@ from .types import (
     slab_rows,
 )
 from .ways import expert_warnings, recipe_warnings
+from .words import format_name, numbers_text, scheme_text
 
 __all__ = [
-    "MAX_MEMORY", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan", "Target", "Weights",
-    "cuts_of", "make_plan", "refuse_overlap", "slab_rows", "spelled", "straight", "transposed",
-    "unspelled", "weights_in",
+    "MAX_MEMORY", "QUANTIZATION_FILES", "SLAB", "STRIP", "Copy", "Options", "Plan", "ShardPlan",
+    "Target", "Weights", "cuts_of", "format_name", "make_plan", "numbers_text", "refuse_overlap",
+    "scheme_text", "slab_rows", "spelled", "straight", "transposed", "unspelled", "weights_in",
 ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         shards=shards,
         config=config,
         files=files,
-        others=[name for name in source.others if not name.startswith(_QUANTIZATION_FILES)],
+        others=[name for name in source.others if not name.startswith(QUANTIZATION_FILES)],
         other_bytes=sum((source.root / name).stat().st_size for name in source.others),
         unquantized=unquantized,
         warnings=warnings,
@@ -119,6 +121,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         slab_memory=slab_memory(shards),
         input_files=len(source.files),
         verbatim=choice.verbatim and options.shard_size is None,
+        remote=source.remote,
     )
     if recipe is not None:
         plan.texts = {"recipe.toml": recipe.text} if recipe.text else {}
@@ -219,7 +222,9 @@ def _rows(
 
 
 def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Raise PlanError where DST is SRC, holds it, or lies in it."""
+    """Raise PlanError where DST is SRC, holds it, or lies in it; one may be on the Hub."""
+    if is_hub(src) or is_hub(dst):
+        return
     a, b = Path(src).resolve(), Path(dst).resolve()
     built = b.with_name(b.name + ".partial")
     if any(a == place or a in place.parents or place in a.parents for place in (b, built)):
@@ -227,7 +232,7 @@ def refuse_overlap(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> 
 
 
 #: What other tools say of a quantization beside config.json; loaders believe these files.
-_QUANTIZATION_FILES = (
+QUANTIZATION_FILES = (
     "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_model_description",
 )  # fmt: skip
 #: The last is MindIE's.

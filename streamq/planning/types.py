@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from streamq.checkpoint import Remote
 from streamq.errors import PlanError
 from streamq.formats import Format, Layout
 from streamq.recipe import Recipe
@@ -145,7 +146,8 @@ class Plan:
     """A conversion that can be carried out.
 
     ``files``: JSON files of the format beside config.json, by name; ``texts``: other files.
-    ``verbatim``: the source is already what is wanted, its files are copied.
+    ``verbatim``: the source is already what is wanted, its files are copied. ``remote``: what is
+    known of a source that is not on this machine.
     """
 
     options: Options
@@ -161,6 +163,7 @@ class Plan:
     slab_memory: int
     input_files: int
     verbatim: bool = False
+    remote: Remote | None = None
     texts: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -40,7 +40,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     m = modules_of(source)
     if isinstance(m.fmt, Ascend) and (options.fuse or options.split or options.rename):
         raise PlanError(
-            f"{source.root} has types for tensors by their names in {DESCRIPTION}, which streamq "
+            f"{source.place} has types for tensors by their names in {DESCRIPTION}, which streamq "
             "reindex does not change; --fuse, --split and --rename are for other formats."
         )
     warnings: list[str] = []

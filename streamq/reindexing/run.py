@@ -15,7 +15,7 @@ import numpy as np
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.crew import Crew
-from streamq.trust import VERSION, crc32, fingerprint, without_times
+from streamq.trust import VERSION, crc32, without_times
 from streamq.writer import Destination, ShardWriter, Unit, check_destination
 
 from .types import Copy, Gather, Piece, Plan, Shard, Summary, Task, Translate, Transpose
@@ -48,7 +48,7 @@ def reindex(
     began = time.perf_counter()
     check_destination(Path(dst), plan.disk_needed, overwrite)
     target = Destination(Path(dst), overwrite, sync, sha256)
-    prints = fingerprint(source.root, source.files, source.others)
+    prints = source.fingerprint()
     made = {"streamq": VERSION, **plan.origin}
     headers = {shard.name: crc32(shard.header) for shard in plan.shards}
     try:
@@ -173,7 +173,8 @@ class _Run:
     def _do(self, task: Task, writer: Unit) -> None:
         self._crew.heed()
         if isinstance(task, Copy):
-            writer.copy_from(self._source.fd(task.file), task.start, task.offset, task.nbytes)
+            read = self._source.reader(task.file)
+            writer.copy_from(read, task.start, task.offset, task.nbytes)
             self._progress(task.nbytes, task.name)
         elif isinstance(task, Gather):
             self._gather(task, writer)

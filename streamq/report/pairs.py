@@ -79,15 +79,15 @@ def pairs_of(out: Checkpoint, source: Checkpoint, recipe: Recipe | None = None) 
         if s is not None:
             if s.shape != t.shape:
                 raise CheckpointError(
-                    f"{t.name!r} is {text_of((t.dtype, t.shape))} in {source.root} and of shape "
-                    f"{list(s.shape)} in {out.root}; give the source that it was made from."
+                    f"{t.name!r} is {text_of((t.dtype, t.shape))} in {source.place} and of shape "
+                    f"{list(s.shape)} in {out.place}; give the source that it was made from."
                 )
             pairs.append(Pair(t, origin, s, None, s.nbytes))
             continue
         kept = out.tensors.get(stack_of(t.name) or t.name)
         if kept is None:
             raise CheckpointError(
-                f"{t.name!r} of {source.root} is not in {out.root}; give the source that it was "
+                f"{t.name!r} of {source.place} is not in {out.place}; give the source that it was "
                 "made from."
             )
         parts = kept.shape[0] if stack_of(t.name) else 1

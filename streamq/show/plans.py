@@ -7,8 +7,7 @@ from typing import Any
 
 from streamq.converting import Means, Output, Summary
 from streamq.families import collapse
-from streamq.planning import Plan
-from streamq.schemes import block_text
+from streamq.planning import Plan, format_name, scheme_text
 from streamq.tensors import size_text
 
 from . import text
@@ -32,7 +31,7 @@ def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "scheme": plan.scheme_names,
-        "format": format_of(plan),
+        "format": format_name(plan),
         "numerics": plan.options.numerics,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
@@ -77,8 +76,11 @@ def show_plan(plan: Plan, means: Means, free: int | None) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def plan_lines(plan: Plan, means: Means, free: int | None) -> Iterator[str]:
-    """The plan in a few lines, before the work."""
+def plan_lines(
+    plan: Plan, means: Means, free: int | None, need: int | None = None
+) -> Iterator[str]:  # fmt: skip
+    """The plan in a few lines, before the work; ``need``: bytes of disk, where not all of it."""
+    need = plan.disk_needed if need is None else need
     quantized = sum(len(w.sources) for s in plan.shards for w in s.weights)
     ratio = plan.bytes_in / plan.bytes_out
     yield (
@@ -86,7 +88,7 @@ def plan_lines(plan: Plan, means: Means, free: int | None) -> Iterator[str]:
         f"they are: {size_text(plan.bytes_in)} in {text.files(plan.input_files)} -> "
         f"{size_text(plan.bytes_out)} in {text.files(len(plan.shards))} ({ratio:.2f}x smaller)"
     )
-    disk = "" if free is None else f", disk {size_text(plan.disk_needed)} of {size_text(free)} free"
+    disk = "" if free is None else f", disk {size_text(need)} of {size_text(free)} free"
     on = f" on {', '.join(means.devices)}" if means.fleet else ""
     memory = size_text(means.peak_memory(plan))
     yield f"{means.workers} workers{on}, peak memory about {memory}{disk}"
@@ -100,10 +102,11 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
     """What a conversion did, for programs; sizes in bytes."""
     return {
         "dst": str(output.dst), "scheme": output.plan.scheme_names,
-        "format": format_of(output.plan), "verbatim": output.plan.verbatim,
+        "format": format_name(output.plan), "verbatim": output.plan.verbatim,
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
         "bytes_resumed": summary.resumed, "remarks": list(summary.remarks),
+        **({"url": summary.url} if summary.url else {}),
         **(quality_json(summary.quality) if summary.quality else {}),
     }  # fmt: skip
 
@@ -113,6 +116,8 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
     name = output.plan.scheme_names
     if output.plan.verbatim:
         yield f"{output.dst}: the source is in {name} already, copied as it is"
+        if summary.url:
+            yield summary.url
         return
     if summary.resumed:
         speed = f"{size_text(summary.resumed)} of it before"
@@ -123,39 +128,14 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
         f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
         f"({speed}), {summary.workers} workers, {summary.backend}"
     )
+    if summary.url:
+        yield summary.url
     for remark in summary.remarks:
         yield f"note: {remark}"
     if summary.rounded:
         yield f"note: {summary.rounded} scales had to be rounded to the dtype that this format has"
     if summary.quality:
         yield from quality_lines(summary.quality)
-
-
-def scheme_text(plan: Plan) -> str:
-    """What the preset means, in words."""
-    s = plan.options.scheme
-    if plan.options.recipe is not None:
-        return f"by a recipe; format {format_of(plan)}"
-    if s.is_float:
-        return f"{s.name.lower()} weights"
-    element = {"int": f"int{s.bits}", "e4m3": "FP8 e4m3", "e2m1": "FP4 e2m1"}[s.element]
-    scale = {"weight": "the weight's dtype", "e4m3": "FP8 e4m3", "e8m0": "E8M0"}
-    symmetry = "" if s.symmetric else ", zero points"
-    level = ", an f32 scale above" if s.two_level else ""
-    inputs = (
-        "unquantized" if s.activation is None else f"{s.activation.bits}-bit {s.activation.element}"
-    )
-    return (
-        f"{element} in blocks of {block_text(s.block)}, "
-        f"scales in {scale.get(s.scale, s.scale)}{level}{symmetry}; activations {inputs}; "
-        f"format {format_of(plan)}"
-    )
-
-
-def format_of(plan: Plan) -> str:
-    """The name of the output's format."""
-    assert plan.options.format is not None
-    return plan.options.format.name
 
 
 def _add_rows(table: Any, rows: dict[tuple[str, tuple[int, ...], str], list[int]]) -> None:

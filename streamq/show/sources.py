@@ -18,9 +18,9 @@ def inspect_json(c: Checkpoint) -> dict[str, Any]:
     quantization = c.config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     return {
-        "path": str(c.root),
+        "path": c.place,
         "model_type": c.config.get("model_type"),
-        "files": [{"name": f, "bytes": (c.root / f).stat().st_size} for f in c.files],
+        "files": [{"name": f, "bytes": c.size(f)} for f in c.files],
         "tensors": len(c.tensors),
         "parameters": sum(t.numel for t in tensors),
         "bytes": c.nbytes,

@@ -45,6 +45,15 @@ def without_times(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def contents(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint says of the files alone, wherever they come from: without times, and
+    without the repository and its commit, which stand under its address.
+    """
+    return {
+        name: said for name, said in without_times(found).items() if not name.startswith("hf://")
+    }
+
+
 def differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
     """Where two JSON values differ: ``scheme name: 'NVFP4' there, 'MXFP4' here``."""
     if isinstance(before, dict) and isinstance(now, dict):

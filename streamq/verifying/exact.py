@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint
+from streamq.checkpoint import Checkpoint, Reader
 from streamq.converting import Settings, repeat
 from streamq.errors import StreamqError
 from streamq.planning import MAX_MEMORY, Plan, make_plan, unspelled
-from streamq.trust import VERSION, Record, differences, fingerprint, without_times
+from streamq.trust import VERSION, Record, contents, differences
 from streamq.writer import joined
 
 from .elements import Progress
@@ -36,8 +36,8 @@ def plan_of(record: Record, source: Checkpoint, report: Report) -> Plan | None:
     if about.get("streamq") != VERSION:
         report.inexact = f"it was made by streamq {about.get('streamq')}, this is {VERSION}"
         return None
-    prints = without_times(fingerprint(source.root, source.files, source.others))
-    if found := next(differences(about.get("source"), prints), None):
+    prints = contents(source.fingerprint())
+    if found := next(differences(contents(about.get("source", {})), prints), None):
         report.inexact = f"the source is not the one that it was made from ({found})"
         return None
     try:
@@ -67,6 +67,7 @@ class _Comparison:
     """In place of a Destination: compares what would be written with what is there."""
 
     goes_on = False
+    outlet = None
 
     def __init__(self, out: Checkpoint) -> None:
         self._out = out
@@ -180,11 +181,12 @@ class _Shard:
         """Remember a few bytes; neighbours are compared together."""
         self._small.append((offset, data))
 
-    def copy_from(self, fd: int, start: int, offset: int, nbytes: int) -> None:
+    def copy_from(self, read: Reader, start: int, offset: int, nbytes: int) -> None:
         """Compare with bytes of a source file."""
+        buffer = memoryview(bytearray(min(nbytes, _PIECE)))
         for at in range(0, nbytes, _PIECE):
-            piece = os.pread(fd, min(_PIECE, nbytes - at), start + at)
-            self.put(offset + at, piece)
+            n = read(buffer[: min(_PIECE, nbytes - at)], start + at)
+            self.put(offset + at, buffer[:n])
 
     def close(self) -> None:
         """Compare the few bytes, and close."""

@@ -10,9 +10,13 @@ from .destination import Destination, check_destination, free_bytes, same_disk
 from .disk import SyncPool
 from .growing import GrowingShard
 from .header import build_header, quoted
+from .places import HubPlace, Place, Upload, place_of, refuse_unused
 from .shard import ShardWriter, Unit, joined
+from .uploading import CARD, SHARDS, HubDestination, check_branch
 
 __all__ = [
-    "Destination", "GrowingShard", "ShardWriter", "SyncPool", "Unit", "build_header",
-    "check_destination", "free_bytes", "joined", "quoted", "same_disk",
+    "CARD", "SHARDS", "Destination", "GrowingShard", "HubDestination", "HubPlace", "Place",
+    "ShardWriter", "SyncPool", "Unit", "Upload", "build_header", "check_branch",
+    "check_destination", "free_bytes", "joined", "place_of", "quoted", "refuse_unused",
+    "same_disk",
 ]  # fmt: skip

@@ -18,13 +18,19 @@ from .disk import SyncPool, lock, naming, write_all
 from .growing import GrowingShard
 from .partial import Partial
 from .shard import COPY, TEMPORARY, ShardWriter, sha256_of
+from .uploader import Uploader
 
 
 class Destination:
     """The directory ``DST``, built in ``DST.partial/output``, with a journal beside it.
 
     ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
+    ``outlet``: what takes complete shards off the disk, where they go on from there, and then
+    ``url``: where the output is in the end.
     """
+
+    outlet: Uploader | None = None
+    url: str | None = None
 
     def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
         self.dst = dst
@@ -37,6 +43,11 @@ class Destination:
         self._sha256 = sha256
         self._lock = -1
         self._state: Partial | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.dst)
 
     @property
     def attempts(self) -> Path:
@@ -109,7 +120,7 @@ class Destination:
         done = size_text(sum(map(self.bytes_of, names)))
         complete = sum(map(self.is_complete, names))
         return (
-            f"resuming {self.dst}: {complete} of {len(names)} shards, {done} of "
+            f"resuming {self.name}: {complete} of {len(names)} shards, {done} of "
             f"{size_text(total)} done"
         )
 

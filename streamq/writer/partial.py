@@ -31,7 +31,8 @@ class Done:
 class Partial:
     """The state of ``DST.partial``: ``plan.json``, the journal, and the output so far.
 
-    ``goes_on``: an earlier run began the same output. ``done``: its complete files, by name.
+    ``goes_on``: an earlier run began the same output. ``done``: its complete files, by name;
+    ``sent``: those of them that are elsewhere and need not be here.
     ``said``: why nothing of an earlier run is used, where that is so.
     """
 
@@ -40,6 +41,7 @@ class Partial:
         self.goes_on = False
         self.said: str | None = None
         self.done: dict[str, Done] = {}
+        self.sent: set[str] = set()
         self.notes: dict[str, list[Any]] = {}
         self.journal: Journal | None = None
         self._groups: dict[str, list[dict[str, Any]]] = {}
@@ -72,8 +74,9 @@ class Partial:
             return
         for record in records:
             self._take(record)
-        for name in [name for name, d in self.done.items() if not self._has(name, d.sums.size)]:
-            del self.done[name]
+        for name in self.done.keys() - self.sent:
+            if not self._has(name, self.done[name].sums.size):
+                del self.done[name]
         if self._sync.enabled and not synced:
             for path in [p for p in self._output.rglob("*") if p.is_file()] + [self._output]:
                 self._sync.path(path)
@@ -87,11 +90,31 @@ class Partial:
         if "file" in record:
             sums = FileSum(record["size"], record["crc32"], record["sha256"])
             self.done[record["file"]] = Done(sums, record["notes"])
+        elif "sent" in record:
+            self.sent.add(record["sent"])
         elif "again" in record:
-            self.done.pop(record["again"], None)
-            self._groups.pop(record["again"], None)
+            self._drop(record["again"])
         else:
             self._groups.setdefault(record["shard"], []).append(record)
+
+    def _drop(self, name: str) -> None:
+        """Nothing of a file is there any more."""
+        self.done.pop(name, None)
+        self._groups.pop(name, None)
+        self.sent.discard(name)
+
+    def send(self, name: str) -> None:
+        """Note that a complete file is elsewhere, and remove it here."""
+        assert self.journal is not None
+        self.journal.append({"sent": name}, self._sync.enabled)
+        self.sent.add(name)
+        (self._output / name).unlink()
+
+    def lose(self, name: str) -> None:
+        """Note that a file that was elsewhere is there no more."""
+        assert self.journal is not None
+        self.journal.append({"again": name}, self._sync.enabled)
+        self._drop(name)
 
     def start(self, identity: Mapping[str, Any]) -> None:
         """Begin an output: nothing of an earlier one stays.

@@ -1,0 +1,50 @@
+"""What jobs read of a source, for one that is not on this machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from streamq.checkpoint import Span, Traffic, forecast
+from streamq.planning import Plan
+
+from .jobs import AmaxPart, CopyRun, Job, jobs_of
+from .slabs import spans_of
+
+
+def reads(job: Job) -> Iterator[Span]:
+    """What a job reads."""
+    if isinstance(job, CopyRun):
+        yield job.file, job.start, job.start + job.nbytes
+    elif isinstance(job, AmaxPart):
+        yield from spans_of(job.rows)
+    else:
+        for share in job.shares:
+            for rows in share.rows:
+                yield from spans_of(rows)
+
+
+def as_they_lie(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in the order of the source, so that what several of them need is not kept for long."""
+    return sorted(jobs, key=lambda job: min(reads(job)))
+
+
+def with_released(jobs: Iterable[Job]) -> Iterator[Job]:
+    """Jobs, and what they release behind the last one that does."""
+    jobs = list(jobs)
+    left = Counter(id(job.large) for job in jobs if isinstance(job, AmaxPart))
+    for job in jobs:
+        yield job
+        if isinstance(job, AmaxPart):
+            left[id(job.large)] -= 1
+            if not left[id(job.large)]:
+                yield from job.then
+
+
+def traffic_of(plans: Sequence[Plan]) -> Traffic | None:
+    """What carrying out some plans for one source will download; None where it is here."""
+    remote = plans[0].remote
+    if remote is None:
+        return None
+    jobs = as_they_lie(jobs_of([plan.shards for plan in plans if not plan.verbatim]))
+    return forecast(map(reads, with_released(jobs)), *remote)

@@ -1,0 +1,16 @@
+"""The Hugging Face Hub: addresses, the client, what its errors mean; nothing of checkpoints.
+
+huggingface_hub is imported by the functions that talk to the Hub and not before: its import takes
+0.4 s, which runs on local files do not pay.
+"""
+
+from .address import HubPath, is_hub, parse_hub
+from .branch import MAIN, Branch, Sum
+from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
+from .repository import Repository
+
+__all__ = [
+    "MAIN", "Again", "Branch", "HubPath", "Repository", "Stop", "Sum", "api", "endpoint", "is_hub",
+    "parse_hub",
+    "patiently", "pause_before", "translated",
+]  # fmt: skip

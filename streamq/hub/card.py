@@ -1,0 +1,45 @@
+"""The metadata of a model card: what the Hub reads at the top of README.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+#: What stays true of a quantized model, carried over from the card of the source.
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def metadata_of(card: str | None) -> dict[str, Any]:
+    """What is carried over from a card; {} without one, and for one that cannot be read."""
+    if card is None:
+        return {}
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, AttributeError, YAMLError):
+        return {}
+    return {key: data[key] for key in _KEPT if data.get(key)}
+
+
+def card_text(
+    base_model: str | None, tags: Iterable[str], library: str, kept: dict[str, Any], body: str
+) -> str:
+    """A card: metadata in YAML, then ``body`` in Markdown.
+
+    ``kept``: from ``metadata_of``. ``library``: what loads the model, by its name on the Hub.
+    """
+    from huggingface_hub import ModelCardData
+
+    relation = {"base_model_relation": "quantized"} if base_model else {}
+    data = ModelCardData(
+        base_model=base_model, library_name=library, tags=list(tags), **kept, **relation
+    )
+    return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
+
+
+def is_model(name: object) -> bool:
+    """Whether this is what models on the Hub are called, org/name."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w\-]{1,96}/[\w\-.]{1,96}", name))

@@ -1,0 +1,544 @@
+"""Outputs on the Hub: byte for byte what a local run writes, whatever the way there is like."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import write_checkpoint
+from hub_stand_in import HubStandIn, failing, stalling
+from hub_uploads import Uploads
+from huggingface_hub.utils import close_session
+
+import streamq
+from streamq.cli import cli
+from streamq.converting import Settings, Upload
+from streamq.errors import AddressError, HubError, StreamqError
+
+# huggingface_hub gives files to its HTTP library in a way that one will drop some day.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "acme/tiny-fp8"
+DST = f"hf://{REPO}"
+SHARDS = 6
+#: Files of a branch that are no files of the output.
+OWN = {".gitattributes", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Six shards of about 36 kB, some of it to be copied."""
+    rng = np.random.default_rng(1)
+    tensors, shards = {}, []
+    for i in range(SHARDS):
+        block = {
+            f"model.layers.{i}.mlp.down_proj.weight": rng.standard_normal((128, 128), np.float32),
+            f"model.layers.{i}.input_layernorm.weight": rng.standard_normal(1024, np.float32),
+        }
+        tensors |= block
+        shards.append(list(block))
+    config = {"model_type": "llama", "num_hidden_layers": SHARDS}
+    folder = write_checkpoint(tmp_path_factory.mktemp("source") / "tiny", tensors, config, shards)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(source, tmp_path_factory):
+    """What a local run writes."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    streamq.convert(source, out, "fp8_dynamic", settings=Settings(sync=False))
+    return contents(out)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub where acme is logged in, and no time is lost by waiting."""
+    with HubStandIn() as stand_in:
+        stand_in.uploads = Uploads(stand_in)
+        for name, value in {
+            "HF_ENDPOINT": stand_in.url, "HF_TOKEN": "acme", "HF_HOME": str(tmp_path / "hf"),
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
+        quick = SimpleNamespace(sleep=lambda s, sleep=time.sleep: sleep(min(s, 0.02)))
+        monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+        monkeypatch.setattr("streamq.hub.client.FIRST", 0.01)
+        monkeypatch.setattr("streamq.hub.client.LONGEST", 0.05)
+        close_session()
+        yield stand_in
+        close_session()
+
+
+@pytest.fixture
+def work(tmp_path):
+    return tmp_path / "work"
+
+
+def convert(source, work, dst=DST, scheme="fp8_dynamic", overwrite=False, **upload):
+    how = Settings(
+        workers=2, sync=False, overwrite=overwrite, upload=Upload(work_dir=work, **upload)
+    )
+    return streamq.convert(source, dst, scheme, settings=how)
+
+
+def output_of(hub, revision="main", repo=REPO):
+    files = hub.uploads.files(repo, revision)
+    return {name: data for name, data in files.items() if name not in OWN}
+
+
+def is_empty(work):
+    return not work.exists() or not [p for p in work.rglob("*") if p.is_file()]
+
+
+# --- the bytes ----------------------------------------------------------------------------
+
+
+def broken_put(times):
+    """The connection breaks while a file goes up."""
+    left = [times]
+
+    def fault(x):
+        if x.command != "PUT" or not left[0]:
+            return False
+        left[0] -= 1
+        x.rfile.read(100)
+        x.close_connection = True
+        x.connection.shutdown(2)
+        return True
+
+    return fault
+
+
+PUT = "cdn/upload/.*"
+FAULTS = {
+    "none": [],
+    "5% fail": [lambda: failing(0.05, seed=5)],
+    "20% fail": [lambda: failing(0.2, seed=7)],
+    "429 for files": [lambda: failing(status=429, where=PUT, times=2, Retry_After="1")],
+    "429 for the batch": [
+        lambda: failing(status=429, where="hub/.*/batch", times=2, Retry_After="1")
+    ],
+    "429 for the commit": [
+        lambda: failing(status=429, where="hub/.*/commit/main", times=2, Retry_After="1")
+    ],
+    "500 for the commit": [lambda: failing(status=500, where="hub/.*/commit/main", times=1)],
+    "stalled": [lambda: stalling(1.5, where=PUT, times=2)],
+    "broken": [lambda: broken_put(2)],
+    "expired": [lambda: failing(status=403, where=PUT, times=2)],
+    "unverified": [lambda: failing(status=503, where="hub/.*/verify", times=2)],
+}
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("faults", FAULTS)
+def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts, monkeypatch):
+    monkeypatch.setattr("streamq.hub.branch.TIMEOUT", 0.5)
+    if parts:
+        hub.uploads.part = 10_000
+    hub.faults = [make() for make in FAULTS[faults]]
+    summary = convert(source, work)
+    hub.faults = []
+    assert output_of(hub) == wanted
+    assert len(hub.uploads.messages) == 1
+    assert summary.url == f"{hub.url}/{REPO}/commit/{hub.repos[REPO].branches['main']}"
+    assert len(hub.uploads.uploaded) == SHARDS
+    assert is_empty(work)
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, work):
+    hub.uploads.hide_commits = 1
+    summary = convert(source, work)
+    assert output_of(hub) == wanted
+    assert len(hub.uploads.messages) == 1
+    assert summary.url.endswith(hub.repos[REPO].branches["main"])
+
+
+def test_an_error_that_stays_is_told_and_the_same_command_goes_on(hub, source, wanted, work):
+    hub.faults = [failing(status=500, where=PUT)]
+    with pytest.raises(HubError, match=r"acme/tiny-fp8: model-0000.*answered 500") as caught:
+        convert(source, work)
+    assert "the same command goes on" in caught.value.__notes__[0]
+    hub.faults = []
+    convert(source, work)
+    assert output_of(hub) == wanted
+
+
+def test_several_outputs(hub, source, wanted, work, tmp_path):
+    local = tmp_path / "local"
+    wants = f"fp8_dynamic:{DST}", f"nvfp4a16:{local}", "w8a16:hf://acme/tiny-w8"
+    args = ["convert", source, "--work-dir", work, "--max-disk", "40KB"]
+    args += [word for to in wants for word in ("--to", to)]
+    ran = CliRunner().invoke(cli, list(map(str, args)))
+    assert ran.exit_code == 0, ran.output
+    assert output_of(hub) == wanted
+    alone = tmp_path / "alone"
+    streamq.convert(source, alone, "w8a16", settings=Settings(sync=False))
+    assert output_of(hub, repo="acme/tiny-w8") == contents(alone)
+    assert streamq.verify(local).failures == []
+    assert is_empty(work)
+
+
+def test_a_source_that_is_what_is_wanted_is_copied(hub, source, work, tmp_path):
+    done = tmp_path / "done"
+    streamq.convert(source, done, "fp8_dynamic", settings=Settings(sync=False))
+    (done / "README.md").write_text("---\nlicense: mit\n---\n# Somebody's words\n")
+    again = tmp_path / "again"
+    streamq.convert(done, again, "fp8_dynamic", settings=Settings(sync=False))
+    convert(done, work)
+    found, local = output_of(hub), contents(again)
+    del local["README.md"], local["streamq.json"], found["streamq.json"]
+    assert found == local
+    card = hub.uploads.files(REPO)["README.md"].decode()
+    assert "license: mit" in card
+    assert "Somebody" not in card
+
+
+def test_what_was_downloaded_verifies(hub, source, work, tmp_path):
+    convert(source, work)
+    for name, data in hub.uploads.files(REPO).items():
+        path = tmp_path / "down" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    report = streamq.verify(tmp_path / "down", source)
+    assert report.failures == []
+
+
+# --- branches, pull requests, what is there ---------------------------------------------------
+
+
+def test_the_branch_moves(hub, source, wanted, work):
+    hub.commit(REPO, {".gitattributes": b""})
+
+    def move(x):
+        if "/commit/" in x.path:
+            hub.commit(REPO, {"notes.txt": b"mine"}, keep=True)
+            hub.faults.clear()
+        return False
+
+    hub.faults = [move]
+    with pytest.raises(HubError, match=r"moved on from .* run the same command again"):
+        convert(source, work)
+    before = hub.uploads.put
+    convert(source, work)
+    assert hub.uploads.put == before
+    assert output_of(hub) == {**wanted, "notes.txt": b"mine"}
+
+
+def test_overwrite_deletes_what_is_stale_in_the_same_commit(hub, source, wanted, work):
+    hub.commit(REPO, {
+        "model-00001-of-00009.safetensors": b"old", "model.safetensors.index.json": b"old",
+        "pytorch_model.bin": b"old", "hf_quant_config.json": b"old", "LICENSE": b"kept",
+        "README.md": b"old",
+    })  # fmt: skip
+    with pytest.raises(HubError, match="already; choose another repository or --branch, or --over"):
+        convert(source, work)
+    assert is_empty(work)
+    convert(source, work, overwrite=True)
+    assert output_of(hub) == {**wanted, "LICENSE": b"kept"}
+    assert hub.uploads.files(REPO)["README.md"] != b"old"
+    assert len(hub.uploads.messages) == 1
+
+
+def test_a_pull_request(hub, source, wanted, work):
+    hub.commit(REPO, {".gitattributes": b"x"})
+    hub.uploads.hide_commits = 1
+    summary = convert(source, work, create_pr=True)
+    assert output_of(hub) == {}
+    assert output_of(hub, "refs/pr/1") == wanted
+    assert summary.url == f"{hub.url}/{REPO}/discussions/1"
+    assert len(hub.uploads.messages) == 1
+
+
+def test_a_pull_request_to_somebody_else(hub, source, wanted, work):
+    hub.commit("other/model", {".gitattributes": b"x"})
+    convert(source, work, "hf://other/model", create_pr=True)
+    assert output_of(hub, "refs/pr/1", "other/model") == wanted
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_branch(hub, source, wanted, work, exists):
+    hub.commit(REPO, {"model.safetensors": b"of main", "README.md": b"of main"})
+    if exists:  # as a run that was killed just before its commit leaves it
+        hub.repos[REPO].branches["fp8"] = hub.repos[REPO].branches["main"]
+    convert(source, work, branch="fp8")
+    assert output_of(hub, "fp8") == wanted
+    assert hub.uploads.files(REPO)["model.safetensors"] == b"of main"
+
+
+def test_a_private_repository(hub, source, work):
+    convert(source, work, private=True)
+    assert hub.repos[REPO].private
+
+
+# --- refused before the first byte -------------------------------------------------------------
+
+
+def theirs(hub):
+    hub.commit("other/model", {".gitattributes": b"x"})
+
+
+def public(hub):
+    hub.commit(REPO, {".gitattributes": b"x"})
+
+
+def with_card(hub):
+    hub.commit(REPO, {"README.md": b"# Words"})
+
+
+REFUSED = {
+    "no token": ("", None, {}, "acme/tiny-fp8: this needs a login"),
+    "a read token": ("read-acme", None, {}, "'token of acme' may only read"),
+    "another name": ("bob", None, {}, "this login cannot make one for 'acme'"),
+    "no right to write": ("acme", theirs, {"dst": "hf://other/model"}, "the Hub refused: you don"),
+    "public": ("acme", public, {"private": True}, "is public; make it private"),
+    "a card": ("acme", with_card, {}, "has README.md already"),
+    "a request to nothing": ("acme", None, {"create_pr": True}, "a pull request needs"),
+    "a branch of a request": (
+        "acme", public, {"create_pr": True, "branch": "no"}, "a pull request needs"
+    ),
+    "little disk": ("acme", None, {"max_disk": 1000}, "--max-disk 0MiB is too little"),
+    "a folder": ("acme", None, {"dst": f"{DST}/sub"}, "leave out 'sub'"),
+    "a revision": ("acme", None, {"dst": f"{DST}@dev"}, "give the branch with --branch dev"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_first_byte(hub, source, work, case, monkeypatch):
+    token, prepare, how, message = REFUSED[case]
+    monkeypatch.setenv("HF_TOKEN", token)
+    if prepare:
+        prepare(hub)
+    repos = set(hub.repos)
+    with pytest.raises(StreamqError) as caught:
+        convert(source, work, **how)
+    assert message in str(caught.value)
+    assert set(hub.repos) == repos
+    assert hub.uploads.put == 0
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    "option", [["--private"], ["--branch", "x"], ["--create-pr"], ["--max-disk", "1GB"]]
+)
+def test_options_of_the_hub_need_a_destination_there(source, tmp_path, option):
+    args = ["convert", str(source), str(tmp_path / "out"), "-s", "fp8_dynamic", *option]
+    ran = CliRunner().invoke(cli, args)
+    assert ran.exit_code == AddressError.exit_code == 2
+    assert f"{option[0]} is for destinations on the Hub" in ran.output
+
+
+def test_a_full_disk_is_seen_before(hub, source, work, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StreamqError, match=r"needs .* on their way to hf://acme/tiny-fp8"):
+        convert(source, work)
+    assert not work.exists()
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+
+def started(hub, source, work, *more):
+    code = "from streamq.cli import main; main()"
+    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "-j", "1", *more]
+    env = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)], env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def at_request(number, matches):
+    """The process is killed when a request of a kind comes for the ``number``-th time, ahead of
+    its answer, or behind it.
+    """
+    seen = [0]
+
+    def fault(x):
+        seen[0] += matches(x)
+        if matches(x) and seen[0] == number:
+            os.kill(fault.pid, signal.SIGKILL)
+            x.body()
+            x.close_connection = True
+            x.connection.shutdown(2)
+            return True
+        return False
+
+    fault.pid = 0
+    return fault
+
+
+KILLS = {  # where, and how many shards go up once more at most
+    "in the first file": (1, lambda x: x.command == "PUT", 0),
+    "in the fourth file": (4, lambda x: x.command == "PUT", 0),
+    "at the verification of a file": (3, lambda x: x.path.endswith("/verify"), 0),
+    "before the commit": (1, lambda x: "/commit/" in x.path, 0),
+}
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["", "and the Hub forgets"])
+@pytest.mark.parametrize("where", KILLS)
+def test_killed(hub, source, wanted, work, where, forgets):
+    number, matches, again = KILLS[where]
+    fault = at_request(number, matches)
+    hub.faults = [fault]
+    child = started(hub, source, work)
+    fault.pid = child.pid
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert REPO in hub.repos
+    assert hub.uploads.messages == []
+    hub.faults = []
+    before = list(hub.uploads.uploaded)
+    if forgets:
+        hub.uploads.forget(REPO)
+    child = started(hub, source, work)
+    said, _ = child.communicate()
+    assert child.returncode == 0, said
+    assert output_of(hub) == wanted
+    assert is_empty(work)
+    twice = len(hub.uploads.uploaded) - len(set(hub.uploads.uploaded))
+    assert twice == (len(before) if forgets else again)
+    assert ("resuming hf://acme/tiny-fp8" in said) == (len(before) > 1 or number > 1)
+
+
+def test_killed_behind_the_commit(hub, source, wanted, work):
+    """The commit is there, the work folder as well: nothing is made once more."""
+
+    def behind(x):
+        if "/commit/" in x.path:
+            hub.faults.clear()
+            hub.uploads._commit(x, REPO, "main")
+            os.kill(child.pid, signal.SIGKILL)
+            return True
+        return False
+
+    hub.faults = [behind]
+    child = started(hub, source, work)
+    child.communicate()
+    assert output_of(hub) == wanted
+    child = started(hub, source, work)
+    said, _ = child.communicate()
+    assert child.returncode == 0, said
+    assert len(hub.uploads.messages) == 1
+    assert output_of(hub) == wanted
+    assert is_empty(work)
+
+
+def test_interrupted(hub, source, wanted, work):
+    """Ctrl-C while files go up: at once, and the same command goes on."""
+    stalled = threading.Event()
+
+    def stall(x):
+        if x.command == "PUT":
+            stalled.set()
+            time.sleep(5)
+        return False
+
+    hub.faults = [stall]
+    child = started(hub, source, work)
+    assert stalled.wait(60)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate()
+    assert child.returncode == 130
+    assert time.monotonic() - began < 4
+    assert "the same command goes on" in said
+    hub.faults = []
+    convert(source, work)
+    assert output_of(hub) == wanted
+
+
+# --- disk ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_the_disk_holds_no_more_than_asked_for(hub, source, wanted, work, shards):
+    """Looked at when a file is opened, the only moment when more is taken."""
+    size = max(len(data) for name, data in wanted.items() if name.endswith(".safetensors"))
+    peak = 0
+    opened = os.posix_fallocate
+
+    def allocate(fd, offset, length):
+        nonlocal peak
+        opened(fd, offset, length)
+        there = [p.stat().st_size for p in work.rglob("*.safetensors*") if "index" not in p.name]
+        peak = max(peak, sum(there))
+
+    hub.faults = [stalling(0.05, where=PUT)]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "posix_fallocate", allocate)
+        convert(source, work, max_disk=shards * size)
+    assert output_of(hub) == wanted
+    assert (shards - 1) * size < peak <= shards * size
+
+
+# --- the card -----------------------------------------------------------------------------------
+
+
+def test_the_card(hub, source, work, tmp_path):
+    own = tmp_path / "own model"
+    shutil.copytree(source, own)
+    (own / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n"
+        "tags: [theirs]\nextra_gated_prompt: no\n---\n# Their words\n"
+    )
+    args = ["convert", own, DST, "-s", "fp8_dynamic", "--work-dir", work, "--stats", "-j", "2",
+            "--base-model", "them/model", "--ignore", "*layers.0*"]  # fmt: skip
+    ran = CliRunner().invoke(cli, list(map(str, args)))
+    assert ran.exit_code == 0, ran.output
+    text = hub.uploads.files(REPO)["README.md"].decode()
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.to_dict() == {
+        "base_model": "them/model", "base_model_relation": "quantized",
+        "language": ["en", "de"], "license": "apache-2.0", "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["streamq", "quantized", "compressed-tensors", "fp8_dynamic", "8-bit"],
+    }  # fmt: skip
+    for part in (
+        "# tiny-fp8", "[them/model](https://huggingface.co/them/model)", "| FP8_DYNAMIC |",
+        "| mlp.down_proj | 5 |", " dB |", f"vllm serve {REPO}", "streamq verify",
+        "streamq convert 'own model' hf://acme/tiny-fp8 --scheme fp8_dynamic "
+        "--ignore '*layers.0*'",
+    ):  # fmt: skip
+        assert part in card.text, part
+    for secret in (str(tmp_path), "Their words", "theirs", os.environ["HF_ENDPOINT"], "-j"):
+        assert secret not in text
+
+
+def test_cards_are_reproducible(hub, source, work):
+    convert(source, work)
+    convert(source, work, "hf://acme/other")
+    a, b = hub.uploads.files(REPO)["README.md"], hub.uploads.files("acme/other")["README.md"]
+    assert a.replace(b"tiny-fp8", b"other") == b
+
+
+def test_the_model_is_named_by_its_config(hub, source, work, tmp_path):
+    named = tmp_path / "named"
+    shutil.copytree(source, named)
+    config = (named / "config.json").read_text()
+    (named / "config.json").write_text(config.replace("{", '{"_name_or_path": "them/m", ', 1))
+    convert(named, work)
+    assert b"base_model: them/m\n" in hub.uploads.files(REPO)["README.md"]
+
+
+def test_what_is_not_the_hubs_is_a_path(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    streamq.convert(source, "hf:", "fp8_dynamic", settings=Settings(sync=False))
+    assert Path("hf:/streamq.json").exists()
