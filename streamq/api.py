@@ -124,11 +124,9 @@ def convert(
     from streamq.converting import Settings
     from streamq.converting import convert as run
     from streamq.engines import opened
-    from streamq.hub import is_hub
     from streamq.planning import make_plan, refuse_overlap
 
-    if not is_hub(dst):
-        refuse_overlap(src, dst)
+    refuse_overlap(src, dst)
     with opened(engine, src) as where, open_checkpoint(src) as source:
         plan = make_plan(source, options(scheme, **how))
         return run(source, plan, dst, settings or Settings(), where)

@@ -191,11 +191,11 @@ NODES = {
     "other version": (lambda v, *rest: ("9.9", *rest), "streamq is 0.1.0 there and 9.9 here"),
     "no token": (
         lambda v, path, *rest: (v, path + "x", *rest),
-        r"No such file.*; built where nodes share",
+        r"No such file.*; where nodes share storage",
     ),
     "other token": (
         lambda v, path, t, o: (v, path, "x", o),
-        r"built where nodes share storage that nodes",
+        r"where nodes share storage",
     ),
 }
 

@@ -157,7 +157,7 @@ def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts
     hub.faults = []
     assert output_of(hub) == wanted
     assert len(hub.uploads.messages) == 1
-    assert summary.url == f"{hub.url}/{REPO}/commit/{hub.repos[REPO].branches['main']}"
+    assert summary.committed.url == f"{hub.url}/{REPO}/commit/{hub.repos[REPO].branches['main']}"
     assert len(hub.uploads.uploaded) == SHARDS
     assert is_empty(work)
 
@@ -167,7 +167,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, wo
     summary = convert(source, work)
     assert output_of(hub) == wanted
     assert len(hub.uploads.messages) == 1
-    assert summary.url.endswith(hub.repos[REPO].branches["main"])
+    assert summary.committed.url.endswith(hub.repos[REPO].branches["main"])
 
 
 def test_an_error_that_stays_is_told_and_the_same_command_goes_on(hub, source, wanted, work):
@@ -262,7 +262,7 @@ def test_a_pull_request(hub, source, wanted, work):
     summary = convert(source, work, create_pr=True)
     assert output_of(hub) == {}
     assert output_of(hub, "refs/pr/1") == wanted
-    assert summary.url == f"{hub.url}/{REPO}/discussions/1"
+    assert summary.committed.url == f"{hub.url}/{REPO}/discussions/1"
     assert len(hub.uploads.messages) == 1
 
 

@@ -166,9 +166,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     if o["page"]:
         check_target(Path(o["page"]))
     places = places_of(src, wanted, o)
-    for place in places:
-        if isinstance(place, Path):
-            refuse_overlap(src, place)
+    for w in wanted:
+        refuse_overlap(src, w.dst or "")
     with opened(o["engine"], src) as engine, open_checkpoint(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = (engine.means if engine else means_of)(outputs, settings_of(o))

@@ -97,9 +97,18 @@ def of_conversion(original: Checkpoint, src: str, output: Output, summary: Summa
         src, str(output.dst), _command(), _options(), run, None,
         {t.name: why for t, why in plan.unquantized}, plan.warnings, plan.notes,
     )  # fmt: skip
-    with open_checkpoint(output.dst) as out:
+    with open_checkpoint(_shown(output, summary)) as out:
         pairs = pairs_of(out, original, plan.options.recipe)
         return document(out, original, pairs, summary.quality or Quality(detailed=True), told)
+
+
+def _shown(output: Output, summary: Summary) -> str:
+    """Where an output can be opened; on the Hub that is its commit or its pull request."""
+    if summary.committed is None:
+        return str(output.dst)
+    from streamq.hub import parse_hub
+
+    return str(parse_hub(str(output.dst))._replace(revision=summary.committed.revision))
 
 
 def check_page(page: str, source: str | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamq.checkpoint import SPOOL, Checkpoint
+from streamq.hub import Committed
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.writer import Destination, HubDestination, Upload, place_of
@@ -69,7 +70,8 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices. ``url``: of the commit on the Hub.
+    run had written. ``remarks``: sentences about devices. ``committed``: where an output is
+    on the Hub.
     """
 
     bytes_in: int
@@ -81,7 +83,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
-    url: str | None = None
+    committed: Committed | None = None
 
 
 def convert(
@@ -168,7 +170,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
-                target.url,
+                target.committed,
             )
         )
     return summaries

@@ -5,12 +5,11 @@ huggingface_hub is imported by the functions that talk to the Hub and not before
 """
 
 from .address import HubPath, is_hub, parse_hub
-from .branch import MAIN, Branch, Sum
+from .branch import MAIN, Branch, Committed, Sum
 from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
 from .repository import Repository
 
 __all__ = [
-    "MAIN", "Again", "Branch", "HubPath", "Repository", "Stop", "Sum", "api", "endpoint", "is_hub",
-    "parse_hub",
-    "patiently", "pause_before", "translated",
+    "MAIN", "Again", "Branch", "Committed", "HubPath", "Repository", "Stop", "Sum", "api",
+    "endpoint", "is_hub", "parse_hub", "patiently", "pause_before", "translated",
 ]  # fmt: skip

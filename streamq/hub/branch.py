@@ -43,6 +43,13 @@ class Found(NamedTuple):
     files: dict[str, str]
 
 
+class Committed(NamedTuple):
+    """Where a commit or a pull request is: for people, and as a revision."""
+
+    url: str
+    revision: str
+
+
 class Branch:
     """A branch of a model repository that gets the files of one output. Raises HubError."""
 
@@ -217,8 +224,8 @@ class Branch:
     def commit(
         self, files: Mapping[str, Path], stored: Mapping[str, Sum],
         is_stale: Callable[[str], bool], message: str,
-    ) -> str:  # fmt: skip
-        """One commit with all files, without those that are stale; its URL.
+    ) -> Committed:  # fmt: skip
+        """One commit with all files, without those that are stale.
 
         ``files``: on disk, ``stored``: uploaded before, by name. Raises HubError where the branch
         has moved since it was looked at.
@@ -236,49 +243,51 @@ class Branch:
 
         stale = [f for f in self._found.files if f not in wanted and is_stale(f)]
         tries = 0
-        url = self._done(self._found, is_whole, message)
-        while url is None:
+        done = self._done(self._found, is_whole, message)
+        while done is None:
             try:
                 return self._send(files, stored, stale, head, message)
             except Exception as e:  # also where the answer alone was lost
                 now = self.look(self.branch)
-                url = self._done(now, is_whole, message)
+                done = self._done(now, is_whole, message)
                 moved = not self.create_pr and (now is None or now.head != head)
-                if url is None and moved:
+                if done is None and moved:
                     raise HubError(
                         f"{self}: moved on from {head[:8]} while this was converted; look at what "
                         "changed there and run the same command again, nothing is converted or "
                         "uploaded twice."
                     ) from e
                 tries += 1
-                if url is None:
+                if done is None:
                     pause_before(tries, e, str(self))
-        return url
+        return done
 
     def _done(
         self, found: Found | None, is_whole: Callable[[Found], bool], message: str
-    ) -> str | None:
-        """The URL of a commit or a pull request that has all of it already."""
+    ) -> Committed | None:
+        """A commit or a pull request that has all of it already."""
         home = f"{self._api.endpoint}/{self.path.repo}"
         if not self.create_pr:
-            return f"{home}/commit/{found.head}" if found and is_whole(found) else None
+            if found is None or not is_whole(found):
+                return None
+            return Committed(f"{home}/commit/{found.head}", found.head)
 
-        def ask() -> list[str]:
+        def ask() -> list[int]:
             said = self._api.get_repo_discussions(
                 self.path.repo, discussion_type="pull_request", discussion_status="open"
             )
-            return [f"{d.num}" for d in said if d.title == message]
+            return [d.num for d in said if d.title == message]
 
         for number in patiently(ask, str(self)):
-            found = self.look(f"refs/pr/{number}")
-            if found and is_whole(found):
-                return f"{home}/discussions/{number}"
+            pull = self.look(f"refs/pr/{number}")
+            if pull is not None and is_whole(pull):
+                return Committed(f"{home}/discussions/{number}", f"refs/pr/{number}")
         return None
 
     def _send(
         self, files: Mapping[str, Path], stored: Mapping[str, Sum], stale: list[str], head: str,
         message: str,
-    ) -> str:  # fmt: skip
+    ) -> Committed:  # fmt: skip
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         limit_time()
@@ -292,7 +301,7 @@ class Branch:
             commit_message=message, revision=self.branch, create_pr=self.create_pr,
             parent_commit=head,
         )  # fmt: skip
-        return info.pr_url or info.commit_url
+        return Committed(info.pr_url or info.commit_url, info.pr_revision or info.oid)
 
     def _make_branch(self, head: str) -> None:
         patiently(

@@ -106,7 +106,7 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
         "bytes_resumed": summary.resumed, "remarks": list(summary.remarks),
-        **({"url": summary.url} if summary.url else {}),
+        **({"url": summary.committed.url} if summary.committed else {}),
         **(quality_json(summary.quality) if summary.quality else {}),
     }  # fmt: skip
 
@@ -116,8 +116,8 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
     name = output.plan.scheme_names
     if output.plan.verbatim:
         yield f"{output.dst}: the source is in {name} already, copied as it is"
-        if summary.url:
-            yield summary.url
+        if summary.committed:
+            yield summary.committed.url
         return
     if summary.resumed:
         speed = f"{size_text(summary.resumed)} of it before"
@@ -128,8 +128,8 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
         f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
         f"({speed}), {summary.workers} workers, {summary.backend}"
     )
-    if summary.url:
-        yield summary.url
+    if summary.committed:
+        yield summary.committed.url
     for remark in summary.remarks:
         yield f"note: {remark}"
     if summary.rounded:

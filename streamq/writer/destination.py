@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamq.errors import WriteError
+from streamq.errors import AddressError, WriteError
+from streamq.hub import Committed
 from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, Running, record_text
 
@@ -26,11 +27,11 @@ class Destination:
 
     ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
     ``outlet``: what takes complete shards off the disk, where they go on from there, and then
-    ``url``: where the output is in the end.
+    ``committed``: where the output is in the end.
     """
 
     outlet: Uploader | None = None
-    url: str | None = None
+    committed: Committed | None = None
 
     def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
         self.dst = dst
@@ -246,8 +247,10 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
     """Everything about ``DST`` that can be known before writing; returns the free bytes.
 
     Raises WriteError if it exists without ``overwrite``, cannot be made there, or the
-    disk has less than ``need`` bytes free.
+    disk has less than ``need`` bytes free; AddressError for an address of the Hub.
     """
+    if str(dst).startswith("hf:/"):
+        raise AddressError(f"{dst}: only `streamq convert` writes to the Hub; give a directory.")
     if os.path.lexists(dst) and not overwrite:
         raise WriteError(f"{dst}: already exists; give another name, or --overwrite to replace it.")
     parent = _existing_parent(dst)

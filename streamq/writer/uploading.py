@@ -115,7 +115,7 @@ class HubDestination(Destination):
             for path in sorted(self.output.rglob("*")) if path.is_file()
         }  # fmt: skip
         stored = {name: self._sum(name) for name in sorted(self.state.sent)}
-        self.url = self.branch.commit(files, stored, self._is_stale, self._message)
+        self.committed = self.branch.commit(files, stored, self._is_stale, self._message)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
