@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from fake_ray import LATE, FakeRay, NodeDiedError
 from small_units import contents, small_units, write_small
 from straddling import ROWS, straddling
+from test_hub_destinations import hub  # noqa: F401
 
 import streamq
 from streamq.cli import cli
-from streamq.converting import Settings
+from streamq.converting import Settings, Upload
 from streamq.engines import tasks
 from streamq.errors import PlanError, StreamqError, WriteError
 from streamq.trust import FileSum
@@ -367,3 +368,29 @@ def test_accept_takes_the_place_of_a_part(tmp_path):
     target.commit()
     target.close()
     assert contents(tmp_path / "out") == {"a": b"headdata"}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_from_the_hub_to_the_hub(ray, hub, source, tmp_path):  # noqa: F811
+    """Nodes fetch the commit that was planned for; this process uploads what they have made."""
+    hub.commit_folder("acme/in", source)
+    convert("hf://acme/in", tmp_path / "local", "local")
+    wanted = contents(tmp_path / "local")
+    shards = [data for name, data in wanted.items() if name.endswith(".safetensors")]
+    held = []
+
+    def room(n, name):
+        made = (tmp_path / "work").rglob("*.safetensors")
+        held.append(sum(p.stat().st_size for p in made))
+
+    def push(*args):
+        hub.commit("acme/in", {"config.json": b"{}"})
+        return args
+
+    upload = Upload(work_dir=tmp_path / "work", max_disk=max(map(len, shards)))
+    ray.fates, ray.asked = iter([None, LATE]), push
+    summary = convert("hf://acme/in", "hf://acme/out", how=Settings(upload=upload, progress=room))
+    assert summary.remarks[0].startswith("Ray: 3 tasks on 1 nodes; 1 more")
+    found = hub.uploads.files("acme/out", "main")
+    assert {name: found[name] for name in wanted} == wanted
+    assert max(held) <= max(map(len, shards))

@@ -21,13 +21,15 @@ class Order:
     """What all tasks of a run are told.
 
     ``token``: tells the run from all others. ``source``: its address. ``identities``: of each
-    output all that decides its bytes, options among it; ``folders``: where it is built.
+    output all that decides its bytes, options among it; ``folders``: where it is built;
+    ``sha256``: whether that of its files is to be known.
     """
 
     token: str
     source: str
     identities: tuple[dict[str, Any], ...]
     folders: tuple[Path, ...]
+    sha256: tuple[bool, ...]
     settings: Settings
 
 
@@ -70,7 +72,8 @@ def make(order: Order, number: int, name: str, attempt: str) -> Made | StreamqEr
     except (StreamqError, OSError) as e:
         return CheckpointError(f"node {socket.gethostname()}: {e}")
     try:
-        return _make(source, plans[number], name, folder, order.settings)
+        how = replace(order.settings, sha256=order.sha256[number])
+        return _make(source, plans[number], name, folder, how)
     except (StreamqError, OSError) as e:
         shutil.rmtree(folder, ignore_errors=True)
         return e

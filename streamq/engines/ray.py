@@ -90,12 +90,20 @@ class Ray:
         token = uuid.uuid4().hex
         order = Order(
             token,
-            self._source,
+            self._address_of(source),
             tuple(identity_of(plan, prints) for plan, _ in work),
             tuple(Path(os.path.abspath(target.attempts), token) for _, target in work),
+            tuple(target.wants_sha256 for _, target in work),
             replace(s, workers=means.workers, progress=None, notify=None),
         )
         return Tasks(self, order, work, s)
+
+    def _address_of(self, source: Checkpoint) -> str:
+        """What nodes open; of a repository the commit that was planned for."""
+        if source.remote is None:
+            return self._source
+        alone = self._source.endswith(".safetensors")
+        return f"{source.place}/{source.files[0]}" if alone else source.place
 
     def nodes(self, cpus: int) -> list[dict[str, Any]]:
         """Nodes that have as many CPUs."""

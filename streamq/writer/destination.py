@@ -51,6 +51,11 @@ class Destination:
         return str(self.dst)
 
     @property
+    def wants_sha256(self) -> bool:
+        """Whether that of every file is to be known."""
+        return self._sha256
+
+    @property
     def attempts(self) -> Path:
         """Where others may build shards, for ``accept``; what is there at the end goes."""
         return self.partial / "attempts"
