@@ -29,7 +29,7 @@ ROWS = {
     "experts": Row("qwen3_moe", "nvfp4"),
     "stacked experts": Row("qwen3_vl_moe", "nvfp4a16", {"shard_size": 40_000}),
     "ascend": Row("qwen3_moe", FORMATS["ascend"].presets[0].lower(), {"format": "ascend"}),
-    "mlx": Row("llama", FORMATS["mlx"].presets[0].lower(), {"format": "mlx"}),
+    "mlx": Row("llama", "w4a16_asym", {"format": "mlx", "group_size": 64}),
 }
 
 

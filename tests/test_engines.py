@@ -192,11 +192,11 @@ NODES = {
     "other version": (lambda v, *rest: ("9.9", *rest), "streamq is 0.1.0 there and 9.9 here"),
     "no token": (
         lambda v, path, *rest: (v, path + "x", *rest),
-        r"No such file.*; where nodes share storage",
+        r"\(No such file .*\); build the output where nodes share storage",
     ),
     "other token": (
         lambda v, path, t, o: (v, path, "x", o),
-        r"where nodes share storage",
+        r"\(another file .*; build",
     ),
 }
 
@@ -212,11 +212,11 @@ def test_nodes_that_do_not_see_the_same(asked, message, ray, source, tmp_path):
 
 def test_nodes_that_see_another_source(ray, source, tmp_path):
     ray.asked = elsewhere(tmp_path / "nowhere")
-    with pytest.raises(PlanError, match=r"node host .* nowhere: no such file or directory"):
+    with pytest.raises(PlanError, match=r"node host .*/nowhere: no such file or directory"):
         convert(source, tmp_path / "out")
     other = spoilt(source, tmp_path / "other")
     ray.asked = elsewhere(other)
-    with pytest.raises(PlanError, match=r"other: is not what was planned for \(.* mtime_ns: .*\)"):
+    with pytest.raises(PlanError, match=r"/other: is not what was planned for \(.* mtime_ns: .*\)"):
         convert(source, tmp_path / "out")
     assert ray.begun == []
 
@@ -228,7 +228,7 @@ def test_a_node_that_came_later_and_sees_another_source(ray, source, tmp_path, m
         return real(replace(order, token="late", source=str(tmp_path / "nowhere")), *args)
 
     monkeypatch.setattr(tasks, "make", make)
-    with pytest.raises(StreamqError, match=r"^node \S+: .*nowhere: no such file or directory\.$"):
+    with pytest.raises(StreamqError, match=r"^node \S+: .*nowhere: no such file or directory\."):
         convert(source, tmp_path / "out")
 
 
@@ -344,6 +344,34 @@ def test_without_ray(source, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert result.stderr == (
         "Error: --engine ray needs Ray, here and on every node: pip install 'streamq[ray]'.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "last"),
+    [
+        ("ray:127.0.0.1:9", "", ""),
+        ("ray:ray://127.0.0.1:9", "", ""),
+        ("ray", "127.0.0.1:9", ""),
+        ("ray:auto", "127.0.0.1:9", "no"),
+        ("ray:auto", "", "127.0.0.1:9"),
+    ],
+)
+def test_an_address_where_no_cluster_is(
+    name, environment, last, ray, source, tmp_path, monkeypatch
+):
+    """Ray itself waits there for minutes; it is not asked."""
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    monkeypatch.setattr("streamq.engines.ray.LAST", tmp_path / "last")
+    if last:
+        (tmp_path / "last").write_text(last)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    result = CliRunner().invoke(
+        cli, ["convert", str(source), str(tmp_path / "out"), "-s", "nvfp4", "--engine", name]
+    )
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: --engine {name}: no Ray cluster answers ([Errno 111] Connection refused).\n"
     )
 
 

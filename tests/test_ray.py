@@ -198,14 +198,6 @@ def test_a_node_that_does_not_see_all(lacks, message, nodes, tmp_path):
     assert re.match(rf"Error: node \S+ \(b\) of the Ray cluster: .*{message}", sentence)
 
 
-def test_an_address_where_no_cluster_is(source, tmp_path):
-    command = [STREAMQ, "convert", source, tmp_path / "out", *HOW, "--engine", "ray:127.0.0.1:9"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1
-    (sentence,) = run.stderr.splitlines()
-    assert sentence.startswith("Error: --engine ray:127.0.0.1:9: no Ray cluster answers there (")
-
-
 @pytest.fixture(scope="module")
 def connected(nodes):
     """This process as a driver: one connection for all conversions in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,10 @@ from streamq.writer import Destination
 from .node import Order
 from .tasks import Tasks
 
+#: Seconds that the head of a cluster has to answer.
+PATIENCE = 10.0
+#: Where Ray notes the address of the cluster that was started last on this machine.
+LAST = Path("/tmp/ray/ray_current_cluster")
 #: In the folder of attempts: what nodes must be able to read.
 TOKEN = "token"
 
@@ -49,6 +54,7 @@ class Ray:
         """Connect, but for where this process is connected already. Raises PlanError."""
         if self._own:
             _connect(self.ray, self._address)
+            _hush(self.ray, True)
         return self
 
     def __exit__(
@@ -57,6 +63,7 @@ class Ray:
     ) -> None:  # fmt: skip
         if self._own:
             self.ray.shutdown()
+            _hush(self.ray, False)
 
     def means(self, outputs: list[Output], settings: Settings) -> Means:
         """Threads and memory of each task.
@@ -142,11 +149,32 @@ def _cpus(node: dict[str, Any]) -> int:
 def _connect(ray: ModuleType, address: str) -> None:
     # or Ray says on every node that this will be so some day
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    name = f"ray:{address}" if address else "ray"
     try:
+        _knock(address)
         ray.init(address or None, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as e:
         said = str(e).strip().partition("\n")[0].removesuffix(".")
-        raise PlanError(f"--engine ray:{address}: no Ray cluster answers there ({said}).") from None
+        raise PlanError(f"--engine {name}: no Ray cluster answers ({said}).") from None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray 2.60 waits for minutes then, or for ever."""
+    if address in ("", "auto"):
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address and LAST.is_file():
+            address = LAST.read_text()
+    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), PATIENCE).close()
+
+
+def _hush(ray: ModuleType, quiet: bool) -> None:
+    """Whether Ray may print to stdout that a node was lost, in the middle of JSON.
+
+    ``log_to_driver`` is for what tasks print; for its own messages 2.60 has this and no option.
+    """
+    ray._private.worker._worker_logs_enabled = not quiet
 
 
 def _question() -> Any:
@@ -167,13 +195,11 @@ def _question() -> Any:
             return f"streamq is {VERSION} there and {version} here; install the same."
         try:
             with open(path) as file:
-                seen = file.read()
+                why = None if file.read() == token else "another file has that name"
         except OSError as e:
-            seen = e.strerror or ""
-        if seen != token:
-            return (
-                f"{path} is not seen there ({seen}); DST must be on storage that all nodes share."
-            )
+            why = e.strerror
+        if why is not None:
+            return f"{path} is not seen there ({why}); build the output where nodes share storage."
         from streamq.engines.node import refusal
 
         return refusal(pickle.loads(order))
