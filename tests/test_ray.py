@@ -23,6 +23,7 @@ from straddling import ROWS, straddling
 import streamq
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 
 HERE = Path(__file__).parent
 STREAMQ = Path(sys.executable).with_name("streamq")
