@@ -127,9 +127,12 @@ def convert(
     from streamq.planning import make_plan, refuse_overlap
 
     refuse_overlap(src, dst)
-    with opened(engine, src) as where, open_checkpoint(src) as source:
-        plan = make_plan(source, options(scheme, **how))
-        return run(source, plan, dst, settings or Settings(), where)
+    s = settings or Settings()
+    with (
+        opened(engine, src) as where,
+        open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source,
+    ):
+        return run(source, make_plan(source, options(scheme, **how)), dst, s, where)
 
 
 def reindex(
@@ -156,7 +159,7 @@ def reindex(
 
     refuse_overlap(src, dst)
     s = settings or Settings()
-    with open_checkpoint(src) as source:
+    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
         return run(
             source, make_plan(source, Options(fuse, split, shard_size, tuple(rename))), dst,
             workers=s.workers or default_workers(), max_memory=s.max_memory, sync=s.sync,
@@ -193,7 +196,7 @@ def compress(
     keep = kept(sparsity) if sparsity is not None else None
     options = Options(codec, dictionary, tuple(disable_layers), transpose, keep, tp)
     s = settings or Settings()
-    with open_checkpoint(src) as source:
+    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
         return run(
             source, make_plan(source, options), dst, workers=s.workers or default_workers(),
             max_memory=s.max_memory, sync=s.sync, overwrite=s.overwrite, progress=s.progress,

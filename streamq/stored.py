@@ -136,10 +136,11 @@ def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
     for module, tensors in weights_of(found):
         s = stored_of(checkpoint, found, module, tensors)
         stored[s.name] = s
+    narrow = {tag for tag, dtype in DTYPES.items() if dtype.bits <= 8 and tag != "BOOL"}
     for t in checkpoint.tensors.values():
-        if t.name in stored or len(t.shape) != 2 or not t.name.endswith(".weight"):
+        if t.dtype not in narrow or t.name in stored:
             continue
-        if DTYPES[t.dtype].bits <= 8 and t.dtype != "BOOL":
+        if len(t.shape) == 2 and t.name.endswith(".weight"):
             raise CheckpointError(
                 f"{t.name!r} in {t.file} is {t.dtype} and has no {found.format.scale_suffix}: "
                 "its values are not known."
@@ -219,18 +220,14 @@ def read_rows(checkpoint: Checkpoint, s: Stored, first: int, rows: int) -> Quant
 def _piece(c: Checkpoint, t: TensorInfo, e: Entry, first: int, rows: int) -> Array:
     """What some rows of a weight became; a copy, ``[pieces, ...]`` or ``[lines, pieces]``."""
     start, width = _place(e, first, rows)
-    dtype = DTYPES[t.dtype].numpy
     if e.lines == 1 or width == e.stride:
         raw = bytes_of(c, t, start, width * e.lines)
     else:
-        buffer = bytearray(width * e.lines)
-        view = memoryview(buffer)
-        for line in range(e.lines):
-            at = t.start + line * e.stride + start
-            c.pread(t.file, at, view[line * width : (line + 1) * width])
-        raw = bytes(buffer)
+        lines = np.empty((e.lines, width), np.uint8)
+        c.pread_lines(t.file, t.start + start, e.stride, lines)
+        raw = lines.tobytes()
     shape = (e.lines, -1) if e.transposed else (-1, *e.shape[1:])
-    return np.frombuffer(raw, dtype).reshape(shape)
+    return np.frombuffer(raw, DTYPES[t.dtype].numpy).reshape(shape)
 
 
 def _place(e: Entry, first: int, rows: int) -> tuple[int, int]:

@@ -48,6 +48,9 @@ class Blob:
 
     @property
     def oid(self) -> str:
+        """What git has for it; for a large file this stands for the one of its pointer."""
+        if self.size >= LFS:
+            return hashlib.sha1(self.sha256.encode()).hexdigest()
         return hashlib.sha1(b"blob %d\0" % self.size + self.data).hexdigest()
 
     def pieces(self, start: int, end: int) -> Iterable[bytes]:
@@ -96,12 +99,15 @@ class Exchange(BaseHTTPRequestHandler):
     """One request and its answer; ``self.hub`` is the stand-in."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else an answer in two pieces takes 40 ms
     hub: HubStandIn
     where = "hub"
     status = 0
     sent = 0
     #: Bytes of the body after which the connection breaks.
     cut: int | None = None
+    #: Seconds of silence before it does.
+    stall = 0.0
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -140,6 +146,7 @@ class Exchange(BaseHTTPRequestHandler):
             self.sent = max(self.sent, self.cut)
             self.wfile.flush()
             self.close_connection = True
+            time.sleep(self.stall)
             self.connection.shutdown(2)
             return False
         self.wfile.write(data)
@@ -181,7 +188,7 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.sent = self.status = 0
-        self.cut = None
+        self.cut, self.stall = None, 0.0
         try:
             self.hub.serve(self)
         except (BrokenPipeError, ConnectionResetError):
@@ -471,14 +478,15 @@ def failing(
 
 
 def cutting(
-    rate: float = 1.0, after: int = 1000, seed: int = 0, where: str = "cdn/.*", times: int = 10**9
-) -> Callable[[Exchange], bool]:
-    """Some connections break in the middle of the body."""
+    rate: float = 1.0, after: int = 1000, seed: int = 0, where: str = "cdn/.*",
+    times: int = 10**9, stall: float = 0.0,
+) -> Callable[[Exchange], bool]:  # fmt: skip
+    """Some connections break in the middle of the body, or say nothing for a while before."""
     hit = _now_and_then(rate, seed, where, times)
 
     def fault(x: Exchange) -> bool:
         if hit(x):
-            x.cut = after
+            x.cut, x.stall = after, stall
         return False
 
     return fault

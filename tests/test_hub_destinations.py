@@ -1,5 +1,7 @@
 """Outputs on the Hub: byte for byte what a local run writes, whatever the way there is like."""
 
+import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -17,7 +19,8 @@ from click.testing import CliRunner
 from helpers import write_checkpoint
 from hub_stand_in import HubStandIn, failing, stalling
 from hub_uploads import Uploads
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session
+from xet_stand_in import Xet
 
 import streamq
 from streamq.cli import cli
@@ -91,11 +94,12 @@ def work(tmp_path):
     return tmp_path / "work"
 
 
-def convert(source, work, dst=DST, scheme="fp8_dynamic", overwrite=False, **upload):
+def convert(source, work, dst=DST, overwrite=False, notify=None, **upload):
     how = Settings(
-        workers=2, sync=False, overwrite=overwrite, upload=Upload(work_dir=work, **upload)
-    )
-    return streamq.convert(source, dst, scheme, settings=how)
+        workers=2, sync=False, overwrite=overwrite, notify=notify,
+        upload=Upload(work_dir=work, **upload),
+    )  # fmt: skip
+    return streamq.convert(source, dst, "fp8_dynamic", settings=how)
 
 
 def output_of(hub, revision="main", repo=REPO):
@@ -149,7 +153,7 @@ FAULTS = {
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
 @pytest.mark.parametrize("faults", FAULTS)
 def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts, monkeypatch):
-    monkeypatch.setattr("streamq.hub.branch.TIMEOUT", 0.5)
+    monkeypatch.setattr("streamq.hub.files.TIMEOUT", 0.5)
     if parts:
         hub.uploads.part = 10_000
     hub.faults = [make() for make in FAULTS[faults]]
@@ -162,6 +166,19 @@ def test_bytes_are_those_of_a_local_run(hub, source, wanted, work, faults, parts
     assert is_empty(work)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["", "a Hub without it"])
+def test_over_xet(hub, source, wanted, work, known, monkeypatch):
+    """As the Hub has it by default; without ``hf_xet`` installed it goes over LFS here, too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    xet = Xet(hub.uploads) if known else None
+    convert(source, work)
+    assert output_of(hub) == wanted
+    assert len(hub.uploads.messages) == 1
+    if importlib.util.find_spec("hf_xet"):
+        assert (hub.uploads.put == 0) == known
+        assert xet is None or xet.received > 0
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, work):
     hub.uploads.hide_commits = 1
     summary = convert(source, work)
@@ -170,7 +187,10 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, source, wanted, wo
     assert summary.committed.url.endswith(hub.repos[REPO].branches["main"])
 
 
-def test_an_error_that_stays_is_told_and_the_same_command_goes_on(hub, source, wanted, work):
+def test_an_error_that_stays_is_told_and_the_same_command_goes_on(
+    hub, source, wanted, work, monkeypatch
+):
+    monkeypatch.setattr("streamq.hub.client.TRIES", 2)
     hub.faults = [failing(status=500, where=PUT)]
     with pytest.raises(HubError, match=r"acme/tiny-fp8: model-0000.*answered 500") as caught:
         convert(source, work)
@@ -208,6 +228,45 @@ def test_a_source_that_is_what_is_wanted_is_copied(hub, source, work, tmp_path):
     card = hub.uploads.files(REPO)["README.md"].decode()
     assert "license: mit" in card
     assert "Somebody" not in card
+
+
+@pytest.mark.parametrize("faults", [None, failing(0.05, seed=3)], ids=["", "5% fail"])
+def test_from_the_hub_to_the_hub(hub, source, wanted, work, tmp_path, faults):
+    hub.commit_folder("them/model", source)
+    hub.faults = [faults] if faults else []
+    convert("hf://them/model", work)
+    hub.faults = []
+    streamq.convert("hf://them/model", tmp_path / "out", "fp8_dynamic")
+    assert output_of(hub) == contents(tmp_path / "out")
+    assert {n: d for n, d in output_of(hub).items() if n != "streamq.json"} == {
+        n: d for n, d in wanted.items() if n != "streamq.json"
+    }
+    card = huggingface_hub.ModelCard(hub.uploads.files(REPO)["README.md"].decode())
+    assert card.data.base_model == "them/model"
+
+
+def test_a_source_on_the_hub_is_copied(hub, source, wanted, work, tmp_path):
+    hub.commit("them/fp8", {n: d for n, d in wanted.items() if n != "streamq.json"})
+    convert("hf://them/fp8", work, max_disk=30_000)
+    names = wanted.keys() - {"streamq.json"}
+    assert {name: output_of(hub)[name] for name in names} == {n: wanted[n] for n in names}
+
+
+def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
+    page = tmp_path / "report.json"
+    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "--report", page]
+    ran = CliRunner().invoke(cli, list(map(str, args)))
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(page.read_text())["total"]["sqnr_db"] > 20
+    assert "What the weights lost" in hub.uploads.files(REPO)["README.md"].decode()
+
+
+@pytest.mark.parametrize("verb", ["reindex", "compress"])
+def test_other_commands_write_to_directories(hub, source, verb):
+    ran = CliRunner().invoke(cli, [verb, str(source), DST])
+    assert ran.exit_code == 2
+    assert "only `streamq convert` writes to the Hub" in ran.output
+    assert not Path("hf:").exists()
 
 
 def test_what_was_downloaded_verifies(hub, source, work, tmp_path):
@@ -354,10 +413,11 @@ def test_a_full_disk_is_seen_before(hub, source, work, monkeypatch):
 # --- kills --------------------------------------------------------------------------------------
 
 
-def started(hub, source, work, *more):
+def started(source, work, xet=False):
     code = "from streamq.cli import main; main()"
-    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "-j", "1", *more]
-    env = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    args = ["convert", source, DST, "-s", "fp8_dynamic", "--work-dir", work, "-j", "1"]
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)], env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -384,21 +444,23 @@ def at_request(number, matches):
     return fault
 
 
-KILLS = {  # where, and how many shards go up once more at most
-    "in the first file": (1, lambda x: x.command == "PUT", 0),
-    "in the fourth file": (4, lambda x: x.command == "PUT", 0),
-    "at the verification of a file": (3, lambda x: x.path.endswith("/verify"), 0),
-    "before the commit": (1, lambda x: "/commit/" in x.path, 0),
+KILLS = {  # at which request, and whether the Hub forgets what is not committed
+    "in the first file": (1, lambda x: x.command == "PUT", False),
+    "in the fourth file": (4, lambda x: x.command == "PUT", False),
+    "in the fourth file, forgotten": (4, lambda x: x.command == "PUT", True),
+    "at the verification of a file": (3, lambda x: x.path.endswith("/verify"), False),
+    "before the commit": (1, lambda x: "/commit/" in x.path, False),
+    "before the commit, forgotten": (1, lambda x: "/commit/" in x.path, True),
 }
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["", "and the Hub forgets"])
 @pytest.mark.parametrize("where", KILLS)
-def test_killed(hub, source, wanted, work, where, forgets):
-    number, matches, again = KILLS[where]
+def test_killed(hub, source, wanted, work, where):
+    """No shard that was stored is made or goes up again, unless the Hub has lost it."""
+    number, matches, forgets = KILLS[where]
     fault = at_request(number, matches)
     hub.faults = [fault]
-    child = started(hub, source, work)
+    child = started(source, work)
     fault.pid = child.pid
     child.communicate()
     assert child.returncode == -signal.SIGKILL
@@ -408,14 +470,13 @@ def test_killed(hub, source, wanted, work, where, forgets):
     before = list(hub.uploads.uploaded)
     if forgets:
         hub.uploads.forget(REPO)
-    child = started(hub, source, work)
-    said, _ = child.communicate()
-    assert child.returncode == 0, said
+    said = []
+    convert(source, work, notify=said.append)
     assert output_of(hub) == wanted
     assert is_empty(work)
     twice = len(hub.uploads.uploaded) - len(set(hub.uploads.uploaded))
-    assert twice == (len(before) if forgets else again)
-    assert ("resuming hf://acme/tiny-fp8" in said) == (len(before) > 1 or number > 1)
+    assert twice == (len(before) if forgets else 0)
+    assert "resuming hf://acme/tiny-fp8: " in "".join(said) or number == 1
 
 
 def test_killed_behind_the_commit(hub, source, wanted, work):
@@ -430,10 +491,10 @@ def test_killed_behind_the_commit(hub, source, wanted, work):
         return False
 
     hub.faults = [behind]
-    child = started(hub, source, work)
+    child = started(source, work)
     child.communicate()
     assert output_of(hub) == wanted
-    child = started(hub, source, work)
+    child = started(source, work)
     said, _ = child.communicate()
     assert child.returncode == 0, said
     assert len(hub.uploads.messages) == 1
@@ -441,18 +502,21 @@ def test_killed_behind_the_commit(hub, source, wanted, work):
     assert is_empty(work)
 
 
-def test_interrupted(hub, source, wanted, work):
+@pytest.mark.parametrize("over_xet", [False, True])
+def test_interrupted(hub, source, wanted, work, over_xet):
     """Ctrl-C while files go up: at once, and the same command goes on."""
     stalled = threading.Event()
+    if over_xet:
+        Xet(hub.uploads)
 
     def stall(x):
-        if x.command == "PUT":
+        if x.command == "PUT" or "/xorbs/" in x.path:
             stalled.set()
             time.sleep(5)
         return False
 
     hub.faults = [stall]
-    child = started(hub, source, work)
+    child = started(source, work, over_xet)
     assert stalled.wait(60)
     began = time.monotonic()
     child.send_signal(signal.SIGINT)

@@ -121,6 +121,11 @@ class Traffic(NamedTuple):
     spooled: int
     held: int
 
+    @property
+    def factor(self) -> float:
+        """How often a byte comes, on average."""
+        return self.fetched / self.needed if self.needed else 1.0
+
 
 def forecast(
     jobs: Iterable[Iterable[Span]], extents: Mapping[str, tuple[int, int]], slots: int

@@ -41,13 +41,16 @@ def refuse_many(raw: bytes, name: str) -> None:
 def leads_out(root: Path, path: Path) -> bool:
     """Whether ``path`` is a link to somewhere outside of ``root``.
 
-    The cache of the Hub links from ``snapshots/<revision>`` to ``blobs`` beside ``snapshots``:
-    that is inside. Else a link in a download could put any file of this machine in the output.
+    The cache of the Hub links from ``snapshots/<revision>``, and folders in it, to ``blobs`` beside
+    ``snapshots``: that is inside. Else a link in a download could put any file of this machine in
+    the output.
     """
     if not path.is_symlink():
         return False
     base = Path(os.path.realpath(root))
-    inside = [base, base.parents[1] / "blobs"] if base.parent.name == "snapshots" else [base]
+    caches = (folder.parents[1] for folder in (base, *base.parents)
+              if folder.parent.name == "snapshots")  # fmt: skip
+    inside = [base, *(cache / "blobs" for cache in caches)]
     real = Path(os.path.realpath(path))
     return not any(real.is_relative_to(folder) for folder in inside)
 

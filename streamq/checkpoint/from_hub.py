@@ -16,6 +16,8 @@ from streamq.tensors import size_text
 from .header import Header, header_length, parse_header, read_header
 from .local import (
     COMPRESSION,
+    CONFIG,
+    DESCRIPTION,
     INDEX_SUFFIX,
     WEIGHT_SUFFIXES,
     by_index,
@@ -59,7 +61,13 @@ def open_hub(
     repository = Repository(address)
     folder = spool_folder() if spool_dir is None else Path(spool_dir)
     kept = Spool(spool, folder)
-    here = tempfile.TemporaryDirectory(prefix="streamq-", dir=folder)
+    try:
+        here = tempfile.TemporaryDirectory(prefix="streamq-", dir=folder)
+    except OSError as e:
+        kept.close()
+        raise CheckpointError(
+            f"{folder}: cannot be written: {e.strerror}; choose another --spool-dir."
+        ) from e
     try:
         return _open(repository, only, use_index, kept, here)
     except BaseException:
@@ -79,6 +87,8 @@ def _open(
     pool = ThreadPoolExecutor(CONNECTIONS, "open")
     try:
         small = list(_small(repository, oddities))
+        if only is not None:
+            small = [name for name in small if name in (CONFIG, DESCRIPTION)]
         list(pool.map(lambda name: _download(repository, name, root), small))
         if (root / COMPRESSION).is_file():
             raise CheckpointError(f"{place}: is compressed; download and decompress it first.")

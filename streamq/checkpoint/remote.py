@@ -23,7 +23,7 @@ from .held import NOTHING, Held, Request, pieces, requests
 from .spool import Spool
 from .store import Array, LocalFiles, Reader, Remote, Span, Stop
 
-#: Connections at once; one of the Hub gives some 50 MB/s.
+#: Connections at once: more than threads, as one alone is bound by the way to it and back.
 CONNECTIONS = 16
 #: What is fetched around a small read that nobody told of, and how much of it is kept.
 AROUND, AROUNDS = 1 << 20, 32
@@ -55,6 +55,11 @@ class HubFiles:
         self._lock = threading.Lock()
         self._mine = threading.local()  # ``held`` of the job of each thread
         self._around: OrderedDict[Span, Future[Array]] = OrderedDict()
+
+    @property
+    def received(self) -> int:
+        """See ``Store``."""
+        return self.repository.received
 
     def size(self, file: str) -> int:
         """See ``Store``."""

@@ -69,6 +69,11 @@ class Checkpoint:
         """What a plan has to know of a source that is not on this machine; else None."""
         return self._store.remote
 
+    @property
+    def received(self) -> int:
+        """Bytes that came over the network until now; 0 for a source on this machine."""
+        return self._store.received
+
     def size(self, file: str) -> int:
         """Bytes of a shard."""
         return self._store.size(file)

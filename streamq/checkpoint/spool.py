@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from streamq.errors import CheckpointError
@@ -18,7 +16,7 @@ SPOOL = 4 << 30
 def spool_folder() -> Path:
     """Where spools are: ``TMPDIR``, or /var/tmp, which is on a disk where /tmp is in memory."""
     chosen = os.environ.get("TMPDIR")
-    return Path(chosen or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()))
+    return Path(chosen or ("/var/tmp" if os.path.isdir("/var/tmp") else "/tmp"))
 
 
 class Spool:
@@ -28,6 +26,9 @@ class Spool:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
+        import shutil  # these take 5 ms, and few runs need a spool
+        import tempfile
+
         self.folder = folder
         self._fd = -1
         try:

@@ -53,6 +53,10 @@ class Store(Protocol):
     def remote(self) -> Remote | None:
         """None where all of it is on this machine."""
 
+    @property
+    def received(self) -> int:
+        """Bytes that came over the network until now."""
+
     def size(self, file: str) -> int:
         """Bytes of a shard."""
 
@@ -87,6 +91,7 @@ class LocalFiles:
     """Shards that are files: ``paths`` by name, with their stamps when headers were read."""
 
     remote = None
+    received = 0
 
     def __init__(self, paths: Mapping[str, Path], stamps: Mapping[str, Stamp | None]) -> None:
         self._paths = paths

@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from .group import cli
-from .options import options_of, scheme_options, settings_of, size, together
+from .options import (
+    open_source,
+    options_of,
+    scheme_options,
+    settings_of,
+    size,
+    source_options,
+    together,
+)
 
 #: The options that choose schemes by size.
 target_options = together(
@@ -62,6 +70,7 @@ def allocated(source: Any, o: dict[str, Any]) -> tuple[Any, list[str]]:
 @click.argument("src", type=click.Path())
 @scheme_options
 @target_options
+@source_options
 @click.option("--output", "-o", type=click.Path(), metavar="FILE",
               help="Where to write the recipe (default: standard output).")  # fmt: skip
 def allocate(src: str, output: str | None, **o: Any) -> None:
@@ -71,13 +80,11 @@ def allocate(src: str, output: str | None, **o: Any) -> None:
     """
     from pathlib import Path
 
-    from streamq.checkpoint import open_checkpoint
-
     if not is_allocated(o):
         raise click.UsageError("Missing option '--target-size' or '--target-bits'.")
     refuse_beside_target(o)
     o |= {"to": (), "quiet": True}
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         options, said = allocated(source, o)
     for line in said:
         click.echo(f"note: {line}", err=True)

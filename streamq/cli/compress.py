@@ -17,8 +17,10 @@ from .options import (
     dry_run_option,
     json_option,
     machine_options,
+    open_source,
     output_options,
     quiet_option,
+    source_options,
     together,
 )
 
@@ -61,6 +63,7 @@ _running = together(machine_options, output_options, json_option, quiet_option)
     help="Fuse and cut the weights for N tensor-parallel ranks first (llama, qwen).",
 )
 @dry_run_option
+@source_options
 @_running
 def compress(src: str, dst: str | None, **o: Any) -> None:
     """Compress the weights of the checkpoint SRC into the new directory DST.
@@ -68,7 +71,6 @@ def compress(src: str, dst: str | None, **o: Any) -> None:
     `streamq decompress` gives back what went in. DST appears when it is complete; until then
     the work is in DST.partial.
     """
-    from streamq.checkpoint import open_checkpoint
     from streamq.compressing import (
         Options,
         disk_needed,
@@ -90,7 +92,7 @@ def compress(src: str, dst: str | None, **o: Any) -> None:
                       o["tp"])  # fmt: skip
     if dst is not None:
         refuse_overlap(src, dst)
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         plan = make_plan(source, options)
         workers = workers_within(plan, o["workers"] or default_workers(), o["max_memory"])
         need = disk_needed(plan)

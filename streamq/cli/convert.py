@@ -15,11 +15,13 @@ from .options import (
     device_options,
     dry_run_option,
     engine_option,
+    open_source,
     options_of,
     quiet_option,
     resumed_options,
     scheme_options,
     settings_of,
+    source_options,
 )
 from .report import of_conversion, report_option
 from .upload import places_of, upload_options
@@ -91,6 +93,7 @@ _to = click.option(
 @scheme_options
 @target_options
 @device_options
+@source_options
 @upload_options
 @_to
 def plan(src: str, dst: str | None, **o: Any) -> None:
@@ -103,12 +106,11 @@ def plan(src: str, dst: str | None, **o: Any) -> None:
 
 def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import means_of
     from streamq.writer import free_bytes
 
     places = places_of(src, wanted, o)
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = means_of(outputs, settings_of(o))
         free = [
@@ -129,6 +131,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @target_options
 @device_options
 @engine_option
+@source_options
 @_to
 @dry_run_option
 @resumed_options
@@ -139,13 +142,14 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
 
-    SRC is a directory with safetensors shards, or one safetensors file; it may be quantized
-    already. DST appears when it is complete; until then the work is in DST.partial, and the same
+    SRC is a directory with safetensors shards, one safetensors file, or hf://org/repo[@revision]
+    with a folder behind it if need be; it may be quantized already.
+
+    DST appears when it is complete; until then the work is in DST.partial, and the same
     command goes on there where it was interrupted. A DST hf://org/repo is a repository on the Hub:
     shards are uploaded as they are complete, and one commit shows them all (docs/hub.md).
     """
     from streamq import show
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import check_outputs, convert_all, means_of
     from streamq.engines import opened
     from streamq.planning import refuse_overlap
@@ -168,7 +172,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     places = places_of(src, wanted, o)
     for w in wanted:
         refuse_overlap(src, w.dst or "")
-    with opened(o["engine"], src) as engine, open_checkpoint(src) as source:
+    with opened(o["engine"], src) as engine, open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = (engine.means if engine else means_of)(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])

@@ -10,7 +10,7 @@ from streamq.errors import VerifyError
 
 from .compress import inspect_compressed, verify_compressed
 from .group import cli
-from .options import json_option, ranks
+from .options import json_option, open_source, ranks, source_options
 from .report import check_page, report_option, verified
 
 
@@ -28,16 +28,17 @@ def formats(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("src", type=click.Path())
+@source_options
 @json_option
 def inspect(src: str, as_json: bool) -> None:
     """Show what the checkpoint SRC is: tensors, dtypes, sizes, fused groups, oddities."""
     from streamq import show
-    from streamq.checkpoint import is_compressed, open_checkpoint
+    from streamq.checkpoint import is_compressed
 
     if is_compressed(src):
         inspect_compressed(src, as_json)
         return
-    with open_checkpoint(src) as checkpoint:
+    with open_source(src) as checkpoint:
         if as_json:
             click.echo(json.dumps(show.inspect_json(checkpoint), indent=2))
         else:
@@ -55,6 +56,7 @@ def inspect(src: str, as_json: bool) -> None:
     help="Warn of blocks and groups that so many tensor-parallel ranks would cut.",
 )
 @report_option
+@source_options
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
 def verify(
@@ -73,7 +75,7 @@ def verify(
     from contextlib import nullcontext
 
     from streamq import show
-    from streamq.checkpoint import is_compressed, open_checkpoint
+    from streamq.checkpoint import is_compressed
     from streamq.converting import default_workers
     from streamq.progress import progress
     from streamq.recipe import load
@@ -88,7 +90,7 @@ def verify(
         check_page(page, source)
     rows = load(recipe) if recipe else None
 
-    with open_checkpoint(source) if source else nullcontext() as original:
+    with open_source(source) if source else nullcontext() as original:
         total = original.nbytes if original else 0
         with progress(total, "verifying", quiet or as_json or not original) as advance:
             report = run(

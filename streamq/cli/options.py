@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streamq.checkpoint import Checkpoint
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -24,6 +29,15 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
     if not 1 <= size < 2**63:
         raise click.BadParameter(f"{value!r} is out of range")
     return int(size)
+
+
+def _spool(ctx: click.Context, param: click.Parameter, value: str) -> None:
+    """A size, or 0."""
+    ctx.meta["streamq.spool"] = 0 if value.strip() == "0" else size(ctx, param, value)
+
+
+def _spool_dir(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta["streamq.spool_dir"] = value
 
 
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -83,6 +97,15 @@ machine_options = together(
                  help="Threads (default: the processors)."),
     click.option("--max-memory", callback=size, default="512MiB", show_default=True,
                  metavar="SIZE", help="Buffers of all workers together."),
+)  # fmt: skip
+
+#: For sources on the Hub (docs/hub.md); ``open_source`` knows what was given.
+source_options = together(
+    click.option("--spool", callback=_spool, default="4GiB", show_default=True, metavar="SIZE",
+                 expose_value=False,
+                 help="Disk for what of a source on the Hub is needed twice; 0 for none."),
+    click.option("--spool-dir", callback=_spool_dir, type=click.Path(), metavar="DIR",
+                 expose_value=False, help="Where that is (default: TMPDIR, or /var/tmp)."),
 )  # fmt: skip
 
 #: How DST comes to be.
@@ -194,3 +217,12 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
         sha256=o.get("sha256", False), device=o.get("device", "cpu"),
         device_memory=o.get("device_memory"),
     )  # fmt: skip
+
+
+def open_source(src: str | Path, **how: Any) -> Checkpoint:
+    """Open a source, which may be on the Hub, as the options of the command say."""
+    from streamq.checkpoint import open_checkpoint
+
+    said = click.get_current_context().meta
+    how |= {"spool": said["streamq.spool"], "spool_dir": said["streamq.spool_dir"]}
+    return open_checkpoint(src, **how)

@@ -14,9 +14,11 @@ from .options import (
     dry_run_option,
     json_option,
     machine_options,
+    open_source,
     quiet_option,
     resumed_options,
     size,
+    source_options,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def _renames(
 )
 @machine_options
 @dry_run_option
+@source_options
 @resumed_options
 @json_option
 @quiet_option
@@ -69,7 +72,6 @@ def reindex(src: str, dst: str | None, **o: Any) -> None:
     may be quantized. DST appears when it is complete; until then the work is in DST.partial, and
     the same command goes on there where it was interrupted.
     """
-    from streamq.checkpoint import open_checkpoint
     from streamq.converting import default_workers
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
@@ -82,7 +84,7 @@ def reindex(src: str, dst: str | None, **o: Any) -> None:
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
     if dst is not None:
         refuse_overlap(src, dst)
-    with open_checkpoint(src) as source:
+    with open_source(src) as source:
         plan = make_plan(source, Options(o["fuse"], o["split"], o["shard_size"], o["rename"]))
         if o["dry_run"]:
             free = free_bytes(Path(dst)) if dst else None

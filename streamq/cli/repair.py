@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .group import cli
-from .options import dry_run_option, json_option, machine_options, quiet_option, resumed_options
+from .options import (
+    dry_run_option,
+    json_option,
+    machine_options,
+    open_source,
+    quiet_option,
+    resumed_options,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from streamq.repairing import Repair
@@ -25,6 +33,7 @@ _SHOWN = 5
 @click.option("--recipe", type=click.Path(), help="That of SRC, if it declares groups or experts.")
 @machine_options
 @dry_run_option
+@source_options
 @resumed_options
 @json_option
 @quiet_option
@@ -48,7 +57,7 @@ def repair(src: str, dst: str | None, **o: Any) -> None:
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
     if dst is not None:
         refuse_overlap(src, dst)
-    source, wrong = open_broken(src)
+    source, wrong = open_broken(src, open_source)
     with source:
         found = make_plan(source, wrong, load(o["recipe"]) if o["recipe"] else None)
         for line in _lines(found, src):

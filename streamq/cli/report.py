@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from streamq.errors import StreamqError
 
 from .group import cli
-from .options import json_option, quiet_option
+from .options import json_option, open_source, quiet_option, source_options
 
 if TYPE_CHECKING:
     from streamq.checkpoint import Checkpoint
@@ -37,6 +37,7 @@ report_option = click.option(
 @click.option("--output", "-o", type=click.Path(), metavar="FILE",
               help="Where to write the page (default: the name of DST and .html, here; with "
                    "--json none).")  # fmt: skip
+@source_options
 @json_option
 @quiet_option
 def report(
@@ -46,7 +47,6 @@ def report(
 
     Both are read once, some MB at a time; nothing is written but one page, which needs no network.
     """
-    from streamq.checkpoint import open_checkpoint
     from streamq.recipe import load
     from streamq.report import as_json as text_of
     from streamq.report import check_target, write
@@ -54,7 +54,7 @@ def report(
     target = Path(output or f"{Path(dst).resolve().name}.html")
     if output or not as_json:
         check_target(target)
-    with open_checkpoint(dst) as out, open_checkpoint(source) as original:
+    with open_source(dst) as out, open_source(source) as original:
         rows = load(recipe) if recipe else None
         found = measured(out, original, source, dst, quiet or as_json, recipe=rows)
     if output or not as_json:
@@ -83,7 +83,6 @@ def measured(
 
 def of_conversion(original: Checkpoint, src: str, output: Output, summary: Summary) -> Any:
     """The report of a conversion, from what was measured on the way."""
-    from streamq.checkpoint import open_checkpoint
     from streamq.quality import Quality
     from streamq.report import Told, document, pairs_of
 
@@ -97,7 +96,7 @@ def of_conversion(original: Checkpoint, src: str, output: Output, summary: Summa
         src, str(output.dst), _command(), _options(), run, None,
         {t.name: why for t, why in plan.unquantized}, plan.warnings, plan.notes,
     )  # fmt: skip
-    with open_checkpoint(_shown(output, summary)) as out:
+    with open_source(_shown(output, summary)) as out:
         pairs = pairs_of(out, original, plan.options.recipe)
         return document(out, original, pairs, summary.quality or Quality(detailed=True), told)
 
@@ -127,12 +126,11 @@ def verified(
 
     One that failed may be too damaged to be measured, which is said then and is no other error.
     """
-    from streamq.checkpoint import open_checkpoint
     from streamq.report import write
 
     found = {"ok": not failures, "failures": failures}
     try:
-        with open_checkpoint(dst) as out, open_checkpoint(source) as original:
+        with open_source(dst) as out, open_source(source) as original:
             write(Path(page), measured(out, original, source, dst, quiet, found, recipe))
     except StreamqError as e:
         if not failures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ upload_options = together(
                  help="Open a pull request there instead of committing."),
     click.option("--base-model", metavar="ORG/REPO",
                  help="What the model card names as the source, where SRC does not say it."),
-    click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--work-dir", type=click.Path(), metavar="DIR",
                  help="Where shards on their way to the Hub lie (default: beside its cache)."),
     click.option("--max-disk", callback=size, metavar="SIZE",
                  help="Shards there at a time (default: three of the largest)."),
@@ -45,11 +45,12 @@ def upload_of(o: dict[str, Any]) -> Upload:
     """The Upload of a command line."""
     from streamq.converting import Upload
 
-    return Upload(**{name: o[name] for name in _NAMES})
+    folder = None if o["work_dir"] is None else Path(o["work_dir"])
+    return Upload(**{**{name: o[name] for name in _NAMES}, "work_dir": folder})
 
 
 def places_of(
-    src: str, wanted: list[tuple[str | None, str | None, str | None]], o: dict[str, Any]
+    src: str, wanted: Sequence[tuple[str | None, str | None, str | None]], o: dict[str, Any]
 ) -> list[Place]:
     """Where outputs go; ``wanted``: scheme, format and destination of each."""
     from streamq.writer import place_of, refuse_unused
@@ -81,7 +82,7 @@ def _told() -> Iterator[str]:
         for one in value if isinstance(value, tuple) else [value]:
             yield max(param.opts, key=len)
             if one is not True:
-                yield Path(one).name if param.name == "recipe" else str(one)
+                yield Path(str(one)).name if param.name == "recipe" else str(one)
 
 
 def _public(src: str) -> str:

@@ -70,8 +70,9 @@ class Summary:
     """What a conversion did; ``rounded`` scales of the source were not exact in the output.
 
     ``backend``: whose kernels ran, and where. ``resumed``: bytes of the output that an earlier
-    run had written. ``remarks``: sentences about devices. ``committed``: where an output is
-    on the Hub.
+    run had written. ``remarks``: sentences about devices. ``downloaded``: bytes that came from
+    the Hub, for all outputs together; None for a source on this machine. ``committed``: where an
+    output on the Hub is.
     """
 
     bytes_in: int
@@ -83,6 +84,7 @@ class Summary:
     rounded: int
     resumed: int = 0
     remarks: tuple[str, ...] = ()
+    downloaded: int | None = None
     committed: Committed | None = None
 
 
@@ -135,6 +137,8 @@ def convert_all(
         losses = dict(zip((id(t) for _, t in work), run.measured, strict=True))
         for output, target in pairs:
             if isinstance(target, HubDestination):
+                if count := target.outlet.left:
+                    _say(s, f"{target.name}: {count} converted shards are on their way there")
                 quality, _ = losses.get(id(target), (None, 0))
                 target.write_card(card_of(source, output, quality))
             target.commit(origin_of(output.plan, prints))
@@ -170,6 +174,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
+                None if source.remote is None else source.received,
                 target.committed,
             )
         )

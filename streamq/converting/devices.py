@@ -36,7 +36,8 @@ class Means:
 
     ``workers``: threads. ``held``: bytes of each beside the buffers that the plan knows of.
     ``fleet``: None for the CPU. ``remarks``: why ``auto`` chose what it did. ``traffic``: what a
-    source that is not on this machine has to send; None for others.
+    source that is not on this machine has to send; None for others. ``uploads``: bytes that those
+    of outputs take.
     """
 
     workers: int
@@ -44,6 +45,7 @@ class Means:
     fleet: Fleet | None = None
     remarks: tuple[str, ...] = ()
     traffic: Traffic | None = None
+    uploads: int = 0
 
     @property
     def devices(self) -> list[str]:
@@ -53,7 +55,7 @@ class Means:
     def peak_memory(self, plan: Plan) -> int:
         """Estimate of the peak resident size of the process, in bytes."""
         more = (TORCH_MEMORY if self.fleet else 0) + (HUB_MEMORY if self.traffic else 0)
-        return plan.peak_memory(self.workers, self.held) + more
+        return plan.peak_memory(self.workers, self.held) + more + self.uploads
 
     def backend(self, cpu: str) -> str:
         """Whose kernels ran, for people; ``cpu``: the name of the CPU's."""

@@ -9,10 +9,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from streamq.checkpoint import Checkpoint
+from streamq.hub import upload_memory
 from streamq.planning import Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
-from streamq.writer import Destination
+from streamq.writer import Destination, HubPlace
 
 from .devices import Means, is_quantized, means
 from .engine import Started
@@ -49,7 +50,8 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
         plans, settings.device, wanted, settings.max_memory, settings.device_memory, held,
         settings.stats,
     )  # fmt: skip
-    return replace(found, traffic=traffic)
+    uploads = upload_memory() if any(isinstance(o.dst, HubPlace) for o in outputs) else 0
+    return replace(found, traffic=traffic, uploads=uploads)
 
 
 class Here:

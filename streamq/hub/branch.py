@@ -11,26 +11,17 @@ from streamq.errors import HubError
 
 from .address import HubPath
 from .client import Stop, api, endpoint, patiently, pause_before
+from .files import TIMEOUT, Sum, ids_of, sending, uploaded
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, ModelInfo
+    from huggingface_hub import ModelInfo
 
 MAIN = "main"
-#: Seconds without a byte, or until an answer, after which a connection counts as dead;
-#: huggingface_hub sets no limit for uploads. Storage takes long to put large files together.
-TIMEOUT = 120.0
 #: Tries of an upload that storage refused, as it does signed addresses that have expired; each
 #: asks for another address.
 TRIES = 5
 #: Most objects of one question; huggingface_hub asks for as many at a time.
 _BATCH = 256
-
-
-class Sum(NamedTuple):
-    """What a stored file is known by: ``sha256`` in hexadecimal, ``size`` in bytes."""
-
-    sha256: str
-    size: int
 
 
 class Found(NamedTuple):
@@ -112,7 +103,7 @@ class Branch:
                 raise HubError(
                     f"{self}: is public; make it private in its settings, or leave out --private."
                 )
-            ours = made.exists() and found.files.get(made.name) in _ids_of(made)
+            ours = made.exists() and found.files.get(made.name) in ids_of(made)
             there = [f for f in found.files if f in names or is_stale(f)]
             if there and not (self._fresh or overwrite or ours):
                 more = f" and {len(there) - 3} more" if len(there) > 3 else ""
@@ -197,24 +188,18 @@ class Branch:
         from huggingface_hub import CommitOperationAdd
 
         def send() -> bool:
-            limit_time()
             op = CommitOperationAdd(name, str(path))
             op.upload_info.sha256 = bytes.fromhex(known.sha256)
-            try:
-                self._api.preupload_lfs_files(
-                    self.path.repo, [op], revision=MAIN if self._fresh else self.branch,
-                    create_pr=self.create_pr, free_memory=False,
-                )  # fmt: skip
-            except RuntimeError as e:  # around what went wrong with the bytes
-                if not isinstance(e.__cause__, Exception):
-                    raise
-                raise e.__cause__ from None
+            self._api.preupload_lfs_files(
+                self.path.repo, [op], revision=MAIN if self._fresh else self.branch,
+                create_pr=self.create_pr, free_memory=False,
+            )  # fmt: skip
             return op._is_uploaded
 
         tries = 0
         while True:
             try:
-                return patiently(send, f"{self}: {name}", stop)
+                return patiently(lambda: sending(send), f"{self}: {name}", stop)
             except HubError as e:
                 tries += 1
                 response = getattr(e.__cause__, "response", None)
@@ -235,7 +220,7 @@ class Branch:
         if self._fresh:
             self._make_branch(head)
         wanted = {name: {s.sha256} for name, s in stored.items()}
-        wanted |= {name: _ids_of(path) for name, path in files.items()}
+        wanted |= {name: ids_of(path) for name, path in files.items()}
 
         def is_whole(found: Found) -> bool:
             there = {f for f in found.files if f in wanted or is_stale(f)}
@@ -246,7 +231,7 @@ class Branch:
         done = self._done(self._found, is_whole, message)
         while done is None:
             try:
-                return self._send(files, stored, stale, head, message)
+                return sending(lambda: self._send(files, stored, stale, head, message))
             except Exception as e:  # also where the answer alone was lost
                 now = self.look(self.branch)
                 done = self._done(now, is_whole, message)
@@ -290,13 +275,12 @@ class Branch:
     ) -> Committed:  # fmt: skip
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        limit_time()
         info = self._api.create_commit(
             self.path.repo,
             [
                 *(CommitOperationDelete(name) for name in stale),
                 *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
-                *(_uploaded(name, s) for name, s in stored.items()),
+                *(uploaded(name, s) for name, s in stored.items()),
             ],
             commit_message=message, revision=self.branch, create_pr=self.create_pr,
             parent_commit=head,
@@ -310,38 +294,3 @@ class Branch:
             ),
             str(self),
         )
-
-
-def _uploaded(name: str, known: Sum) -> CommitOperationAdd:
-    """What ``preupload_lfs_files`` leaves of a file, without the file."""
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
-
-    op = CommitOperationAdd(name, b"")
-    op.upload_info = UploadInfo(known.size, b"", bytes.fromhex(known.sha256))
-    op._upload_mode, op._is_uploaded, op._should_ignore = "lfs", True, False
-    return op
-
-
-def _ids_of(path: Path) -> set[str]:
-    """What the Hub may call a file: by git, the sha1 of "blob SIZE", a zero and the contents; by
-    their sha256 where they are stored elsewhere.
-    """
-    found = hashlib.sha1(b"blob %d\0" % path.stat().st_size), hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            for of in found:
-                of.update(piece)
-    return {of.hexdigest() for of in found}
-
-
-def limit_time() -> None:
-    """Give the connections of huggingface_hub a limit, unless somebody has set one.
-
-    Before each use, as it makes a new session after some errors.
-    """
-    from huggingface_hub.utils import get_session
-
-    session = get_session()
-    if session.timeout.read is None:
-        session.timeout = TIMEOUT

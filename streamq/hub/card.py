@@ -18,7 +18,8 @@ def metadata_of(card: str | None) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+        found: Any = ModelCard(card, ignore_metadata_errors=True).data
+        data = found.to_dict()
     except (ValueError, TypeError, AttributeError, YAMLError):
         return {}
     return {key: data[key] for key in _KEPT if data.get(key)}
@@ -33,10 +34,9 @@ def card_text(
     """
     from huggingface_hub import ModelCardData
 
-    relation = {"base_model_relation": "quantized"} if base_model else {}
-    data = ModelCardData(
-        base_model=base_model, library_name=library, tags=list(tags), **kept, **relation
-    )
+    if base_model:
+        kept = {**kept, "base_model_relation": "quantized"}
+    data = ModelCardData(base_model=base_model, library_name=library, tags=list(tags), **kept)
     return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
 
 

@@ -7,11 +7,9 @@ Endpoint, token, proxies and time limits are those of huggingface_hub, from its 
 from __future__ import annotations
 
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streamq.errors import HubError, Stopped, StreamqError
@@ -86,6 +84,8 @@ def pause_before(tries: int, error: Exception, what: str, stop: Stop | None = No
     asked = retry_after(headers)
     if asked is not None and asked > PATIENCE:
         raise translated(error, what) from error
+    import random
+
     seconds = min(LONGEST, FIRST * 2 ** (tries - 1)) * random.uniform(0.5, 1)
     if asked is not None:
         seconds += asked
@@ -106,6 +106,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if value.isdigit():
         return float(value)
     if value:
+        from email.utils import parsedate_to_datetime
+
         try:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
         except ValueError:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from streamq.errors import HubError, Stopped
+from streamq.trust import VERSION
 
 from .address import HubPath
 from .client import Again, Stop, api, patiently, pause_before
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.hf_api import RepoSibling
 
 #: Bytes after which a connection counts as one that worked, although it broke.
 PROGRESS = 1 << 16
@@ -29,7 +30,7 @@ PROGRESS = 1 << 16
 _EXPIRED = {400, 401, 403, 404, 410}
 
 #: Told the position of some bytes of a file, and the bytes, in their order.
-Take = Callable[[int, bytes], None]
+Take = Callable[[int, bytes], object]
 
 
 class Entry(NamedTuple):
@@ -60,26 +61,23 @@ class Repository:
         self._api = client = api()
         say, timeout = str(address), constants.HF_HUB_DOWNLOAD_TIMEOUT
         info = patiently(
-            lambda: client.model_info(address.repo, revision=address.revision, timeout=timeout), say
+            lambda: client.model_info(
+                address.repo, revision=address.revision, files_metadata=True, timeout=timeout
+            ),
+            say,
         )
         if not re.fullmatch(r"[0-9a-f]{40,64}", info.sha or ""):
             raise HubError(f"{say}: the Hub does not name its commit.")
         self.commit = str(info.sha)
         self.pinned = address._replace(revision=self.commit)
-        found: list[Any] = patiently(
-            lambda: list(
-                client.list_repo_tree(
-                    address.repo, address.folder or None, recursive=True, revision=self.commit
-                )
-            ),
-            say,
-        )
         prefix = address.folder + "/" if address.folder else ""
         self.files = {
-            f.path.removeprefix(prefix): _entry(f)
-            for f in found
-            if hasattr(f, "blob_id") and f.path.startswith(prefix) and _is_path(f.path)
+            found.rfilename.removeprefix(prefix): _entry(found, say)
+            for found in info.siblings or ()
+            if found.rfilename.startswith(prefix) and _is_path(found.rfilename)
         }
+        if not self.files:
+            raise HubError(f"{say}: the repository has no file there at commit {self.commit}.")
         self.received = 0
         self._signed: dict[str, tuple[str, str | None]] = {}  # by path: address and ETag there
         self._lock = threading.Lock()
@@ -125,8 +123,15 @@ class Repository:
 
     def _get(self, entry: Entry, start: int, end: int, what: str) -> Iterator[bytes]:
         """The bytes of one answer."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub import (
+            constants,
+            get_session,
+            hf_hub_url,
+            hf_raise_for_status,
+            utils,
+        )
+
+        untyped: Any = utils  # it does not export what it imports, mypy says
 
         with self._lock:
             signed, etag = self._signed.get(entry.path, (None, None))
@@ -136,9 +141,10 @@ class Repository:
             url = hf_hub_url(
                 self.address.repo, entry.path, revision=self.commit, endpoint=self._api.endpoint
             )
-            about = {"library_name": "streamq", "library_version": self._api.library_version}
-            headers |= build_hf_headers(token=self._api.token, **about)
-        session: Any = get_session()
+            headers |= untyped.build_hf_headers(
+                token=self._api.token, library_name="streamq", library_version=VERSION
+            )
+        session = get_session()
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with session.stream("GET", url, headers=headers, timeout=timeout) as answer:
             if signed is not None and answer.status_code in _EXPIRED:
@@ -186,9 +192,11 @@ class Repository:
             )
 
 
-def _entry(file: RepoFile) -> Entry:
+def _entry(file: RepoSibling, say: str) -> Entry:
     etag, size = (file.lfs.sha256, file.lfs.size) if file.lfs else (file.blob_id, file.size)
-    return Entry(file.path, size, etag)
+    if not isinstance(etag, str) or not isinstance(size, int):
+        raise HubError(f"{say}: the Hub does not tell size and hash of {file.rfilename!r}.")
+    return Entry(file.rfilename, size, etag)
 
 
 def _is_path(path: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.checkpoint import CONFIG, Checkpoint, Span
 from streamq.crew import Crew
 from streamq.trust import VERSION, crc32, without_times
 from streamq.writer import Destination, ShardWriter, Unit, check_destination
@@ -53,6 +53,8 @@ def reindex(
     headers = {shard.name: crc32(shard.header) for shard in plan.shards}
     try:
         target.begin({**made, "source": prints, "headers": headers}, restart)
+        if source.remote is not None:  # what a task reads is in memory
+            workers = max(1, min(workers, max_memory // COPY))
         strip = max(4096, min(STRIP, max_memory // (2 * workers)))
         run = _Run(source, plan.shards, target, strip, progress or (lambda n, name: None))
         if notify and (said := target.how_far([s.name for s in plan.shards], plan.bytes_out)):
@@ -124,7 +126,8 @@ class _Run:
             writer = self._writer(shard)
             if task is not None:
                 unit = writer.unit(_key(task))
-                self._do(task, unit)
+                with self._source.reading(partial(_reads, task), self._crew.stop):
+                    self._do(task, unit)
                 unit.done()
             with self._lock:
                 self._left[shard] -= 1
@@ -226,6 +229,19 @@ class _Run:
             rows = t.view.read(self._source, first, min(height, t.view.rows - first))
             writer.put(t.offset + first * row, rows.reshape(-1).view(np.uint8).data)
             self._progress(rows.nbytes, t.name)
+
+
+def _reads(task: Task) -> Iterator[Span]:
+    """What a task reads, if it is no more than a copy; else it reads as it goes."""
+    if isinstance(task, Copy | Translate):
+        spans = [(task.file, task.start, task.start + task.nbytes)]
+    elif isinstance(task, Gather):
+        spans = [(p.file, p.start, p.start + (task.lines - 1) * p.step + p.width)
+                 for p in task.pieces]  # fmt: skip
+    else:
+        spans = list(task.view.spans(0, task.view.rows))
+    if sum(end - start for _, start, end in spans) <= COPY:
+        yield from spans
 
 
 def _key(task: Task) -> str:

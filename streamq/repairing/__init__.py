@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from streamq.checkpoint import (
 )
 from streamq.errors import CheckpointError
 from streamq.families import Family
+from streamq.hub import is_hub
 from streamq.recipe import Recipe
 from streamq.reindexing import Placed, Plan, Translated, lay_out, whole
 from streamq.stored import Stored, look, stored_of, weights_of
@@ -39,18 +40,19 @@ _INDEX = "model" + INDEX_SUFFIX
 _OF = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
-def open_broken(src: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint and what is wrong with its index, in sentences.
+def open_broken(
+    src: str | os.PathLike[str], opened: Callable[..., Checkpoint] = open_checkpoint
+) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint and what is wrong with its index, in sentences; ``opened`` opens it.
 
     Raises CheckpointError where a shard is missing or damaged, which nothing can repair.
     """
-    root = Path(src)
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory.")
+    if not is_hub(src) and not Path(src).is_dir():
+        raise CheckpointError(f"{src}: no such directory.")
     try:
-        checkpoint = open_checkpoint(root)
+        checkpoint = opened(src)
     except CheckpointError as e:
-        checkpoint = open_checkpoint(root, use_index=False)
+        checkpoint = opened(src, use_index=False)
         wrong = [f"the index: {e}"]
     else:
         wrong = _wrong_index(checkpoint)
@@ -99,10 +101,10 @@ def _refuse_lost_shards(checkpoint: Checkpoint) -> None:
     weights = _index_of(checkpoint).get("weight_map")
     if isinstance(weights, dict):
         named = {f for f in weights.values() if isinstance(f, str)}
-        lost |= {f for f in named if not (checkpoint.root / f).is_file()}
+        lost |= {f for f in named if f not in there and not (checkpoint.root / f).is_file()}
     if lost:
         raise CheckpointError(
-            f"{min(lost)!r} is missing from {checkpoint.root}, and its tensors with it; download "
+            f"{min(lost)!r} is missing from {checkpoint.place}, and its tensors with it; download "
             "it again."
         )
 

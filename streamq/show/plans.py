@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from streamq.checkpoint import Traffic
 from streamq.converting import Means, Output, Summary
 from streamq.families import collapse
 from streamq.planning import Plan, format_name, scheme_text
@@ -40,6 +41,12 @@ def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
         "disk_free": free,
         "workers": means.workers,
         "devices": means.devices,
+        "download": means.traffic
+        and {
+            "bytes": means.traffic.fetched,
+            "factor": means.traffic.factor,
+            "spool": means.traffic.spooled,
+        },
         "shards": [{"name": s.name, "bytes": s.size, "tensors": len(s.names)} for s in plan.shards],
         "tensors": quantized + kept,
         "warnings": plan.warnings,
@@ -92,10 +99,25 @@ def plan_lines(
     on = f" on {', '.join(means.devices)}" if means.fleet else ""
     memory = size_text(means.peak_memory(plan))
     yield f"{means.workers} workers{on}, peak memory about {memory}{disk}"
+    if means.traffic is not None:
+        yield from traffic_lines(means.traffic)
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for note in (*plan.notes, *means.remarks):
         yield f"note: {note}"
+
+
+def traffic_lines(traffic: Traffic) -> Iterator[str]:
+    """What comes from the Hub, before the work."""
+    yield (
+        f"download {size_text(traffic.fetched)} ({traffic.factor:.2f}x of what is read), spool "
+        f"{size_text(traffic.spooled)}"
+    )
+    if traffic.factor > 1.02:
+        yield (
+            f"note: about {size_text(traffic.fetched - traffic.needed)} are downloaded twice, as "
+            "the spool does not hold them until they are needed again; raise --spool"
+        )
 
 
 def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
@@ -105,7 +127,8 @@ def summary_json(output: Output, summary: Summary) -> dict[str, Any]:
         "format": format_name(output.plan), "verbatim": output.plan.verbatim,
         "bytes_in": summary.bytes_in, "bytes_out": summary.bytes_out, "seconds": summary.seconds,
         "workers": summary.workers, "backend": summary.backend, "rounded_scales": summary.rounded,
-        "bytes_resumed": summary.resumed, "remarks": list(summary.remarks),
+        "bytes_resumed": summary.resumed, "bytes_downloaded": summary.downloaded,
+        "remarks": list(summary.remarks),
         **({"url": summary.committed.url} if summary.committed else {}),
         **(quality_json(summary.quality) if summary.quality else {}),
     }  # fmt: skip
@@ -128,6 +151,11 @@ def summary_lines(output: Output, summary: Summary) -> Iterator[str]:
         f"{summary.bytes_in / summary.bytes_out:.2f}x smaller, in {summary.seconds:.2f} s "
         f"({speed}), {summary.workers} workers, {summary.backend}"
     )
+    if summary.downloaded is not None:
+        yield (
+            f"downloaded {size_text(summary.downloaded)}, "
+            f"{size_text(summary.downloaded / summary.seconds)}/s"
+        )
     if summary.committed:
         yield summary.committed.url
     for remark in summary.remarks:

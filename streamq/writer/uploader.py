@@ -50,6 +50,12 @@ class Uploader:
         with self._changed:
             return name in self._sizes
 
+    @property
+    def left(self) -> int:
+        """How many files are still to go."""
+        with self._changed:
+            return len(self._sizes)
+
     def make_room(self, size: int) -> None:
         """Wait until there is room for ``size`` bytes more, or nothing left to go."""
         self._wait(lambda: sum(self._sizes.values()) + size <= self.room or not self._sizes)

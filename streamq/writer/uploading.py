@@ -30,6 +30,8 @@ class HubDestination(Destination):
     be on the disk. ``message``: that of the commit. ``sha256``: whether streamq.json has them, too.
     """
 
+    outlet: Uploader
+
     def __init__(
         self, branch: Branch, folder: Path, sync: bool, sha256: bool, room: int,
         is_stale: Callable[[str], bool], message: str,
