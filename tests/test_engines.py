@@ -419,6 +419,7 @@ def test_from_the_hub_to_the_hub(ray, hub, source, tmp_path):  # noqa: F811
     ray.fates, ray.asked = iter([None, LATE]), push
     summary = convert("hf://acme/in", "hf://acme/out", how=Settings(upload=upload, progress=room))
     assert summary.remarks[0].startswith("Ray: 3 tasks on 1 nodes; 1 more")
+    assert summary.downloaded > sum(p.stat().st_size for p in source.glob("*.safetensors")) / 2
     found = hub.uploads.files("acme/out", "main")
     assert {name: found[name] for name in wanted} == wanted
     assert max(held) <= max(map(len, shards))

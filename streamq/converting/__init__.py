@@ -174,7 +174,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
-                None if source.remote is None else source.received,
+                None if source.remote is None else source.received + run.received,
                 target.committed,
             )
         )

@@ -20,9 +20,11 @@ class Started(Protocol):
     """The shards of some plans, on their way.
 
     ``unmeasured``: an earlier run has written some without measuring what is asked for now.
+    ``received``: bytes that the Hub has sent to other processes than this.
     """
 
     unmeasured: bool
+    received: int
 
     @property
     def measured(self) -> list[tuple[Quality | None, int]]:

@@ -75,7 +75,7 @@ class _Threads:
 
     def __init__(self, run: Run, plans: list[Plan], means: Means, settings: Settings) -> None:
         self._run, self._plans, self._means, self._settings = run, plans, means, settings
-        self.unmeasured = run.unmeasured
+        self.unmeasured, self.received = run.unmeasured, 0
 
     @property
     def measured(self) -> list[tuple[Quality | None, int]]:

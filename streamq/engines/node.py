@@ -38,7 +38,7 @@ class Made:
     """A shard that a task has written to ``path``; it is on disk.
 
     ``notes``: what was counted of its units. ``kernels``: whose they were. ``bytes_in``: bytes
-    of the source that it was made from.
+    of the source that it was made from; ``received``: of these from the Hub.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Made:
     notes: list[dict[str, Any]]
     kernels: str
     bytes_in: int
+    received: int
 
 
 #: Source and plans of the run that this process worked for last; it serves many tasks of one.
@@ -106,6 +107,7 @@ def _opened(order: Order) -> tuple[Checkpoint, list[Plan]]:
 def _make(source: Checkpoint, plan: Plan, name: str, folder: Path, settings: Settings) -> Made:
     shards = [shard for shard in plan.shards if shard.name == name]
     read: list[int] = []  # append is atomic
+    before = source.received
     how = replace(settings, progress=lambda n, name: read.append(n))
     folder.mkdir()
     attempt = _Attempt(folder, settings.sha256)
@@ -115,7 +117,9 @@ def _make(source: Checkpoint, plan: Plan, name: str, folder: Path, settings: Set
     finally:
         attempt.sync.close()
     assert attempt.sums is not None
-    return Made(folder / name, attempt.sums, attempt.notes, kernels, sum(read))
+    return Made(
+        folder / name, attempt.sums, attempt.notes, kernels, sum(read), source.received - before
+    )
 
 
 class _Attempt:

@@ -52,7 +52,7 @@ class Tasks:
         self._tallies = [Tally(Quality(settings.details) if settings.stats else None) for _ in work]
         self._left: list[_Job] = []
         self._lost = 0
-        self.unmeasured = False
+        self.unmeasured, self.received = False, 0
         for number, (plan, target) in enumerate(work):
             for shard, units in zip(plan.shards, units_of([plan]), strict=True):
                 if not self._is_there(number, shard, target, len(units)):
@@ -164,6 +164,7 @@ class Tasks:
         shard = job.shard
         target = self._targets[job.number]
         target.accept(made.path, shard.name, shard.header, shard.size, made.sums, made.notes)
+        self.received += made.received
         for note in made.notes:
             self._tallies[job.number].take(note)
         if self._settings.progress:
