@@ -17,10 +17,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small_units import contents
 from straddling import ROWS, straddling
 
 import streamq
+from streamq.cli import cli
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
@@ -147,8 +149,11 @@ def test_a_node_is_killed_half_way(nodes, source, wanted, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_the_driver_is_stopped_half_way(how, code, nodes, source, wanted, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "code", "then"), [(signal.SIGKILL, -9, "ray"), (signal.SIGINT, 130, "local")]
+)
+def test_the_driver_is_stopped_half_way(how, code, then, nodes, source, wanted, tmp_path):
+    """Either engine goes on from there."""
     out = tmp_path / "out"
     with half_way(nodes, source, out) as process:
         process.send_signal(how)
@@ -156,24 +161,32 @@ def test_the_driver_is_stopped_half_way(how, code, nodes, source, wanted, tmp_pa
         assert process.returncode == code, stderr
     assert not out.exists()
     assert ".partial stays, the same command goes on" in stderr or how == signal.SIGKILL
-    again = subprocess.run(
-        nodes.command(source, out, "--json"), check=True, capture_output=True, text=True
-    )
-    assert json.loads(again.stdout)["bytes_resumed"] > 0
+    engine = nodes.engine if then == "ray" else then
+    summary = streamq.convert(source, out, "nvfp4", shard_size=20_000, engine=engine)
+    assert summary.resumed > 0
     assert contents(out) == wanted
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture(scope="module")
+def connected(nodes):
+    """This process as a driver: one connection for all conversions in it."""
+    ray.init(nodes.cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 def failed(nodes, source, out):
     """What a conversion says that fails: one sentence, and that it can go on."""
-    run = subprocess.run(nodes.command(source, out, "-q"), capture_output=True, text=True)
-    assert run.returncode == 1
+    _, *arguments = map(str, nodes.command(source, out, "-q"))
+    run = CliRunner().invoke(cli, arguments)
+    assert run.exit_code == 1
     assert not out.exists()
     sentence, _ = run.stderr.splitlines()
     return sentence
 
 
-def test_an_error_in_a_task(nodes, tmp_path):
+def test_an_error_in_a_task(nodes, connected, tmp_path):
     src = straddling(tmp_path / "in", "llama")
     name = "model.layers.1.mlp.down_proj.weight"
     with streamq.checkpoint.open_checkpoint(src) as c:
@@ -192,19 +205,11 @@ def test_an_error_in_a_task(nodes, tmp_path):
         ("out", "where nodes share storage"),
     ],
 )
-def test_a_node_that_does_not_see_all(lacks, message, nodes, tmp_path):
+def test_a_node_that_does_not_see_all(lacks, message, nodes, connected, tmp_path):
     src = straddling(tmp_path / "in", "llama")
     with nodes.steered(b_lacks=str(tmp_path / lacks)):
         sentence = failed(nodes, src, tmp_path / "out")
     assert re.match(rf"Error: node \S+ \(b\) of the Ray cluster: .*{message}", sentence)
-
-
-@pytest.fixture(scope="module")
-def connected(nodes):
-    """This process as a driver: one connection for all conversions in it."""
-    ray.init(nodes.cluster.address, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
