@@ -48,7 +48,7 @@ peer-%:
 	@.oracle/$*/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements/$*.txt \
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
-SOAK := header_fuzz kernels convert crash compress compress_failures \
+SOAK := header_fuzz kernels convert crash batch compress compress_failures \
   triton triton_values triton_targets triton_sparse ascendc ascendc_checks
 
 soak: .venv/ready-test
@@ -57,7 +57,7 @@ soak: .venv/ready-test
 
 # Each target for FUZZ seconds, guided by coverage; a crash stops it and leaves the input here.
 FUZZ ?= 120
-fuzz: $(addprefix fuzz-,header index config recipe record)
+fuzz: $(addprefix fuzz-,header index config recipe record jobs)
 
 fuzz-%: .venv/ready-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 # Not the kernels: numba compiles what they are, not what instruments them.
 with atheris.instrument_imports(include=[
-    "streamq.checkpoint", "streamq.families", "streamq.formats", "streamq.planning",
-    "streamq.recipe", "streamq.repairing", "streamq.stored", "streamq.trust", "streamq.verifying",
+    "streamq.batch", "streamq.checkpoint", "streamq.families", "streamq.formats", "streamq.hub",
+    "streamq.planning", "streamq.recipe", "streamq.repairing", "streamq.stored", "streamq.tables",
+    "streamq.trust", "streamq.verifying",
 ]):  # fmt: skip
     from targets import FOLDER, TARGETS
 

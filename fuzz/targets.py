@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from streamq.batch import read_jobs
 from streamq.checkpoint import open_checkpoint
 from streamq.errors import StreamqError
 from streamq.planning import Options, make_plan
@@ -188,6 +189,15 @@ def recipe(data: bytes) -> None:
     _checked(look)
 
 
+def jobs(data: bytes) -> None:
+    """A file of jobs: YAML, TOML or lines by its first byte."""
+    suffix = (".toml", ".yaml", ".txt")[data[0] % 3 if data else 0]
+    path = _folder("jobs") / f"jobs{suffix}"
+    path.write_bytes(data[1:_LARGEST])
+    over = {"out": "out/{org}/{name}", "schemes": ("nvfp4",)} if suffix == ".txt" else {}
+    _checked(lambda: read_jobs(str(path), None, over))
+
+
 def record(data: bytes) -> None:
     """streamq.json, with the right checksum of itself, which none would meet by chance."""
     body = data[:_LARGEST]
@@ -196,5 +206,5 @@ def record(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header, "index": index, "config": config, "recipe": recipe,
-    "record": record,
+    "record": record, "jobs": jobs,
 }  # fmt: skip

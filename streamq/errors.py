@@ -9,9 +9,13 @@ from __future__ import annotations
 
 
 class StreamqError(Exception):
-    """Base of all expected failures."""
+    """Base of all expected failures.
+
+    ``transient``: the same may well succeed the next time, without anybody changing anything.
+    """
 
     exit_code = 1
+    transient = False
 
 
 class CheckpointError(StreamqError):

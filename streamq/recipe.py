@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from streamq.errors import PlanError
 from streamq.families import ExpertLayout, FusedGroup, matcher
 from streamq.schemes import Scheme, has_groups, resolve
+from streamq.tables import Table, read_table
 
 #: Schemes of rules that leave modules as they are.
 KEEP = ("keep", "ignore")
@@ -25,8 +25,8 @@ LAYOUTS = {
 
 Given = str | os.PathLike[str] | Mapping[str, Any]
 
-#: Largest recipe, in bytes (one rule for each of 100,000 modules has 8 MB), and how deep it may be.
-MAX_RECIPE, MAX_NESTED = 32_000_000, 16
+#: Largest recipe, in bytes (one rule for each of 100,000 modules has 8 MB).
+MAX_RECIPE = 32_000_000
 
 _WILD = re.compile(r"[*?\[\]]")
 
@@ -112,112 +112,12 @@ def load(given: Given, scales: str = "absmax", group_of: GroupOf = lambda fmt: N
     what is not known or of the wrong type, and for a file that cannot be read.
     """
     if isinstance(given, Mapping):
-        return _recipe(_Table(given, "recipe"), scales, group_of)
-    path = Path(given)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_RECIPE + 1)
-        text = raw.decode()
-    except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
-        raise PlanError(f"the recipe {path} cannot be read: {why}.") from None
-    if len(raw) > MAX_RECIPE:
-        raise PlanError(f"the recipe {path} has more than {MAX_RECIPE} bytes.")
-    found = _yaml(path, text) if path.suffix in (".yaml", ".yml") else _toml(path, text)
-    return _recipe(_Table(found, f"recipe {path.name}"), scales, group_of)
+        return _recipe(Table(given, "recipe"), scales, group_of)
+    found = read_table(given, "recipe", MAX_RECIPE)
+    return _recipe(Table(found, f"recipe {Path(given).name}"), scales, group_of)
 
 
-def _toml(path: Path, text: str) -> Mapping[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as e:  # also numbers of thousands of digits
-        raise PlanError(f"the recipe {path} is not valid TOML: {e}.") from None
-
-
-def _yaml(path: Path, text: str) -> Mapping[str, Any]:
-    try:
-        import yaml
-    except ImportError:
-        raise PlanError(
-            f"the recipe {path} is YAML, which needs PyYAML: pip install 'streamq[yaml]', or "
-            "write it in TOML."
-        ) from None
-    try:
-        # A few lines of aliases can stand for more than any memory holds, and 3,000 brackets take
-        # the parser half a minute.
-        depth = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise PlanError(f"the recipe {path} has YAML aliases (*name); write them out.")
-            if depth > MAX_NESTED:
-                raise PlanError(f"the recipe {path} is nested more than {MAX_NESTED} deep.")
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise PlanError(f"the recipe {path} is not valid YAML: {' '.join(str(e).split())}.") from (
-            None
-        )
-    if not isinstance(found, dict):
-        raise PlanError(f"the recipe {path} must be a table of keys, got {found!r}.")
-    return found
-
-
-class _Table:
-    """One table of a recipe: takes its keys with their types, and knows where it stands."""
-
-    def __init__(self, found: Mapping[str, Any], where: str) -> None:
-        self._found = dict(found)
-        self.where = where
-
-    def names(self, key: str) -> tuple[str, ...]:
-        """A list of texts, or one text."""
-        value = self._found.pop(key, [])
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise PlanError(
-                f"{self.where}: {key} must be a text or a list of texts, got {value!r}."
-            )
-        return tuple(value)
-
-    def text(self, key: str, known: tuple[str, ...] = ()) -> str | None:
-        """A text, one of ``known`` if that is not empty; None where it is absent."""
-        value = self._found.pop(key, None)
-        if value is not None and (not isinstance(value, str) or (known and value not in known)):
-            wanted = " or ".join(known) if known else "a text"
-            raise PlanError(f"{self.where}: {key} must be {wanted}, got {value!r}.")
-        return value
-
-    def number(self, key: str) -> int | None:
-        """A whole number; None where it is absent."""
-        value = self._found.pop(key, None)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise PlanError(f"{self.where}: {key} must be a whole number, got {value!r}.")
-        return value
-
-    def tables(self, key: str) -> list[_Table]:
-        """An array of tables."""
-        value = self._found.pop(key, [])
-        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-            raise PlanError(f"{self.where}: {key} must be an array of tables, written [[{key}]].")
-        return [_Table(v, f"{self.where}, {key} {i}") for i, v in enumerate(value, 1)]
-
-    def need(self, key: str, value: Any) -> Any:
-        """``value``, or a PlanError that ``key`` is missing."""
-        if not value:
-            raise PlanError(f"{self.where}: {key} is missing.")
-        return value
-
-    def done(self, *known: str) -> None:
-        """Raise PlanError for a key that was not taken."""
-        if self._found:
-            key = sorted(map(str, self._found))[0]
-            raise PlanError(
-                f"{self.where}: unknown key {key!r}; known keys are {', '.join(known)}."
-            )
-
-
-def _recipe(table: _Table, scales: str, group_of: GroupOf) -> Recipe:
+def _recipe(table: Table, scales: str, group_of: GroupOf) -> Recipe:
     name, size = table.text("scheme"), table.number("group_size")
     own, fmt = table.text("scales", ("absmax", "search")), table.text("format")
     group, scheme = group_of(fmt), None
@@ -251,7 +151,7 @@ def _recipe(table: _Table, scales: str, group_of: GroupOf) -> Recipe:
     return found
 
 
-def _rule(number: int, t: _Table, scales: str, group: int | None) -> Rule:
+def _rule(number: int, t: Table, scales: str, group: int | None) -> Rule:
     patterns = _compiled(t, "pattern", t.need("pattern", t.names("pattern")))
     name, size = t.need("scheme", t.text("scheme")), t.number("group_size")
     own = t.text("scales", ("absmax", "search"))
@@ -264,7 +164,7 @@ def _rule(number: int, t: _Table, scales: str, group: int | None) -> Rule:
     return Rule(number, patterns, None)
 
 
-def _compiled(t: _Table, key: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+def _compiled(t: Table, key: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
     try:
         matcher(patterns)
     except PlanError as e:
@@ -273,7 +173,7 @@ def _compiled(t: _Table, key: str, patterns: tuple[str, ...]) -> tuple[str, ...]
 
 
 def _scheme(
-    t: _Table, name: str, group_size: int | None, scales: str, default: int | None
+    t: Table, name: str, group_size: int | None, scales: str, default: int | None
 ) -> Scheme:
     try:
         scheme = resolve(name)

@@ -15,7 +15,7 @@ PACKAGES = {"streamq": ROOT / "streamq", "streamq.kernels": ROOT / "kernels"}
 # Imports go down only; rooms on one floor do not see each other.
 FLOORS = [
     {"errors"},
-    {"crew", "tensors"},
+    {"crew", "tables", "tensors"},
     {"schemes", "trust"},
     {"hub"},
     {"checkpoint", "writer", "families", "kernels"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"allocate", "engines", "verifying"},
     {"compressing", "repairing"},
     {"show", "api"},
-    {"report"},
+    {"batch", "report"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

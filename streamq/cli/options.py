@@ -12,23 +12,17 @@ if TYPE_CHECKING:
 
     from streamq.checkpoint import Checkpoint
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-
 
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Bytes from a number with a unit: 512MiB, 5GB, 1.5GiB. Anything else is wrong usage."""
     if value is None:
         return None
-    text = value.strip().lower().removesuffix("b")
-    number = text.rstrip("kmgti")
+    from streamq.tables import bytes_of
+
     try:
-        size = float(number) * _UNITS[text[len(number) :]]
-    except (KeyError, ValueError):
+        return bytes_of(value)
+    except ValueError:
         raise click.BadParameter(f"{value!r} is not a size like 512MiB or 5GB") from None
-    if not 1 <= size < 2**63:
-        raise click.BadParameter(f"{value!r} is out of range")
-    return int(size)
 
 
 def _spool(ctx: click.Context, param: click.Parameter, value: str) -> None:
@@ -123,17 +117,8 @@ resumed_options = together(
                  help="Note that of every file in streamq.json as well."),
 )  # fmt: skip
 
-#: What decides the bytes of an output: the same options for plan and convert.
-scheme_options = together(
-    click.option("--scheme", "-s", metavar="NAME",
-                 help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
-                      "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
-    click.option("--recipe", type=click.Path(), metavar="FILE",
-                 help="Rules that give modules their schemes, in TOML or YAML "
-                      "(docs/recipes.md); --scheme is then for the rest."),
-    click.option("--format", "-f", "format_", metavar="NAME",
-                 help="What loaders it is for; `streamq formats` lists them "
-                      "(default: compressed-tensors)."),
+#: What decides the bytes of an output beside its scheme and format.
+detail_options = together(
     click.option("--gpt-fast-names", is_flag=True, default=None,
                  help="Names of gpt-fast, with q, k and v in one, for the format gpt-fast."),
     click.option("--scale-fmt", type=click.Choice(["ue8m0"]),
@@ -162,6 +147,20 @@ scheme_options = together(
                  help="The constant input_global_scale of NVFP4 (2688 / largest activation)."),
     click.option("--shard-size", callback=size, metavar="SIZE",
                  help="Largest output shard (default: as many shards as the source)."),
+)  # fmt: skip
+
+#: The same options for plan and convert.
+scheme_options = together(
+    click.option("--scheme", "-s", metavar="NAME",
+                 help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
+                      "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
+    click.option("--recipe", type=click.Path(), metavar="FILE",
+                 help="Rules that give modules their schemes, in TOML or YAML "
+                      "(docs/recipes.md); --scheme is then for the rest."),
+    click.option("--format", "-f", "format_", metavar="NAME",
+                 help="What loaders it is for; `streamq formats` lists them "
+                      "(default: compressed-tensors)."),
+    detail_options,
     machine_options,
     json_option,
 )  # fmt: skip

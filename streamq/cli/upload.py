@@ -17,18 +17,23 @@ if TYPE_CHECKING:
     from streamq.converting import Upload
     from streamq.writer import Place
 
-#: How an output comes to the Hub.
-upload_options = together(
+#: Which branch of the Hub an output goes to, and from where.
+branch_options = together(
     click.option("--private", is_flag=True,
                  help="Make the repository hf://org/repo private, where it is not there yet."),
     click.option("--branch", metavar="NAME",
                  help="Branch of the repository (default: main); made of main if need be."),
     click.option("--create-pr", is_flag=True,
                  help="Open a pull request there instead of committing."),
-    click.option("--base-model", metavar="ORG/REPO",
-                 help="What the model card names as the source, where SRC does not say it."),
     click.option("--work-dir", type=click.Path(), metavar="DIR",
                  help="Where shards on their way to the Hub lie (default: beside its cache)."),
+)  # fmt: skip
+
+#: How an output comes to the Hub.
+upload_options = together(
+    branch_options,
+    click.option("--base-model", metavar="ORG/REPO",
+                 help="What the model card names as the source, where SRC does not say it."),
     click.option("--max-disk", callback=size, metavar="SIZE",
                  help="Shards there at a time (default: three of the largest)."),
 )  # fmt: skip

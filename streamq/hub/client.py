@@ -164,7 +164,9 @@ def translated(error: Exception, what: str) -> StreamqError:
         say = f"the Hub cannot be reached: {_reason(error)}."
     else:
         say = f"{type(error).__name__}: {_reason(error)}."
-    return HubError(f"{what}: {say}")
+    found = HubError(f"{what}: {say}")
+    found.transient = _is_transient(error, status)
+    return found
 
 
 def _answer(error: Exception) -> tuple[int | None, Mapping[str, str]]:

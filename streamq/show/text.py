@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+_NUMBERS = {
+    "count", "in", "out", "size", "smaller", "time", "speed", "SQNR", "disk", "download",
+}  # fmt: skip
+
 
 def console() -> Any:
     """Tables are as wide as the terminal; in a file or a pipe nothing is folded."""
@@ -20,7 +24,7 @@ def table(*columns: str) -> Any:
 
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        number = column in ("count", "in", "out", "size")
+        number = column in _NUMBERS
         made.add_column(column, justify="right" if number else "left", overflow="fold")
     return made
 

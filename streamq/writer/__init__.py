@@ -6,7 +6,14 @@ Order of a directory: all of it in ``DST.partial``, index and config last, fsync
 after it is there, so that a run goes on where another was interrupted.
 """
 
-from .destination import Destination, check_destination, free_bytes, same_disk
+from .destination import (
+    Destination,
+    check_destination,
+    existing_parent,
+    free_bytes,
+    partial_bytes,
+    same_disk,
+)
 from .disk import SyncPool
 from .growing import GrowingShard
 from .header import build_header, quoted
@@ -17,6 +24,6 @@ from .uploading import CARD, SHARDS, HubDestination, check_branch
 __all__ = [
     "CARD", "SHARDS", "Destination", "GrowingShard", "HubDestination", "HubPlace", "Place",
     "ShardWriter", "SyncPool", "Unit", "Upload", "build_header", "check_branch",
-    "check_destination", "free_bytes", "joined", "place_of", "quoted", "refuse_unused",
-    "same_disk",
+    "check_destination", "existing_parent", "free_bytes", "joined", "partial_bytes", "place_of",
+    "quoted", "refuse_unused", "same_disk",
 ]  # fmt: skip

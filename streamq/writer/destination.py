@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -258,7 +259,7 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
         raise AddressError(f"{dst}: only `streamq convert` writes to the Hub; give a directory.")
     if os.path.lexists(dst) and not overwrite:
         raise WriteError(f"{dst}: already exists; give another name, or --overwrite to replace it.")
-    parent = _existing_parent(dst)
+    parent = existing_parent(dst)
     if not parent.is_dir():
         raise WriteError(f"{dst}: {parent} is not a directory.")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -274,17 +275,26 @@ def check_destination(dst: Path, need: int, overwrite: bool) -> int:
 
 def same_disk(a: Path, b: Path) -> bool:
     """Whether two destinations would share the space of one disk."""
-    return _existing_parent(a).stat().st_dev == _existing_parent(b).stat().st_dev
+    return existing_parent(a).stat().st_dev == existing_parent(b).stat().st_dev
 
 
 def free_bytes(dst: Path) -> int:
     """Free bytes on the disk of ``dst``, what an interrupted run left there counted as free."""
-    free = shutil.disk_usage(_existing_parent(dst)).free
-    partial = dst.with_name(dst.name + ".partial")
-    return free + sum(p.lstat().st_blocks * 512 for p in partial.rglob("*"))
+    return shutil.disk_usage(existing_parent(dst)).free + partial_bytes(dst)
 
 
-def _existing_parent(path: Path) -> Path:
+def partial_bytes(dst: Path) -> int:
+    """Bytes on disk of what is not finished of ``dst``, which may be at work meanwhile."""
+    found = 0
+    for folder, _, names in os.walk(dst.with_name(dst.name + ".partial")):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return found
+
+
+def existing_parent(path: Path) -> Path:
+    """The directory that is there of those that hold ``path``."""
     parent = Path(os.path.abspath(path)).parent
     while not os.path.lexists(parent):
         parent = parent.parent

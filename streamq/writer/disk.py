@@ -82,10 +82,12 @@ def lock(folder: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise WriteError(
+            found = WriteError(
                 f"{folder}: another process is at work on it; wait for it, or choose another "
                 "destination."
-            ) from None
+            )
+            found.transient = True
+            raise found from None
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(fd)
