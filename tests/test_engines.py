@@ -6,10 +6,12 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from batches import NAMES, OUT, Here, write_source
 from click.testing import CliRunner
 from fake_ray import LATE, FakeRay, NodeDiedError
 from small_units import contents, small_units, write_small
@@ -17,6 +19,8 @@ from straddling import ROWS, straddling
 from test_hub_destinations import hub  # noqa: F401
 
 import streamq
+from streamq.batch import How, State, read_jobs, run
+from streamq.batch.watching import watching
 from streamq.cli import cli
 from streamq.converting import Settings, Upload
 from streamq.engines import tasks
@@ -423,3 +427,23 @@ def test_from_the_hub_to_the_hub(ray, hub, source, tmp_path):  # noqa: F811
     found = hub.uploads.files("acme/out", "main")
     assert {name: found[name] for name in wanted} == wanted
     assert max(held) <= max(map(len, shards))
+
+
+def test_batches(ray, tmp_path, monkeypatch):
+    """Threads are those of a task, whatever this machine has; bytes are those of a local batch."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(NAMES[:2]):
+        write_source(tmp_path / name, seed)
+    ray.cpus = (4, 4)
+    jobs = read_jobs("lines", list(NAMES[:2]), {"out": OUT, "schemes": ("nvfp4a16",)}).jobs
+    here, state = Here(), State(tmp_path / "state")
+    how = How(settings=Settings(workers=3), engine="ray")
+    with watching(2, True, False) as watch:
+        found = run(jobs, how, here, state, watch)
+    state.close()
+    assert [o.said["remarks"] for o in found] == [["Ray: 2 tasks on 1 nodes"]] * 2
+    assert {work.settings["workers"] for work in here.works} == {3}
+    for name in NAMES[:2]:
+        convert(name, tmp_path / "local" / name, "local", "nvfp4a16")
+        made = contents(Path(OUT.format(org="org", name=name[4:], scheme="nvfp4a16")))
+        assert made == contents(tmp_path / "local" / name)

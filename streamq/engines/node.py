@@ -88,7 +88,9 @@ def _opened(order: Order) -> tuple[Checkpoint, list[Plan]]:
         source.close()
     _held.clear()
     s = order.settings
-    source = open_checkpoint(order.source, spool=s.spool, spool_dir=s.spool_dir)
+    # one that the command has made for itself is not on other nodes
+    folder = s.spool_dir if s.spool_dir is not None and s.spool_dir.is_dir() else None
+    source = open_checkpoint(order.source, spool=s.spool, spool_dir=folder)
     prints = source.fingerprint()
     plans = []
     for identity in order.identities:
