@@ -134,7 +134,7 @@ class Ray:
             try:
                 said = self.ray.get(answer)
             except self.ray.exceptions.RayTaskError as e:
-                raise e.cause from None
+                raise e.cause from e
             except self.ray.exceptions.RayError:
                 continue  # a node that is lost meanwhile has no tasks
             if said is not None:

@@ -9,6 +9,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamq.converting import Settings, Tally, units_of
@@ -54,12 +55,16 @@ class Tasks:
         self._lost = 0
         self.unmeasured, self.received = False, 0
         for number, (plan, target) in enumerate(work):
-            for shard, units in zip(plan.shards, units_of([plan]), strict=True):
+            noted = units_of([plan]) if target.goes_on and settings.stats else repeat(set())
+            for shard, units in zip(plan.shards, noted, strict=False):
                 if not self._is_there(number, shard, target, len(units)):
                     self._left.append(_Job(number, shard))
 
     def _is_there(self, number: int, shard: ShardPlan, target: Destination, units: int) -> bool:
-        """Take over a shard that is complete from an earlier run; a part of one is not used."""
+        """Take over a shard that is complete from an earlier run; a part of one is not used.
+
+        ``units``: how many notes it has if an earlier run has measured.
+        """
         tally = self._tallies[number]
         target.finished(shard.name, shard.size, set())
         if not target.is_complete(shard.name):
@@ -82,7 +87,8 @@ class Tasks:
             return "Ray", ()
         workers = self._order.settings.workers
         assert workers is not None
-        done: list[tuple[str, Made]] = []
+        ran: set[str] = set()
+        kernels: set[str] = set()
         pending: dict[Any, _Job] = {}
         try:
             for folder in self._order.folders:
@@ -99,21 +105,23 @@ class Tasks:
                     self._say(f"no node with {workers} CPUs is left; waiting for one")
                 for ref in ready:
                     job = pending.pop(ref)
-                    if (result := self._result(ref, job)) is not None:
-                        self._take(job, result[1])
-                        done.append(result)
-                    else:
+                    if (result := self._result(ref, job)) is None:
                         waiting.appendleft(job._replace(tries=job.tries + 1))
+                        continue
+                    node, made = result
+                    self._take(job, made)
+                    ran.add(node)
+                    kernels.add(made.kernels)
         finally:
             for ref in pending:
                 with suppress(Exception):
                     self._ray.cancel(ref, force=True)
             for target in self._targets:
                 shutil.rmtree(target.attempts, ignore_errors=True)
-        said = f"Ray: {len(done)} tasks on {len({node for node, _ in done})} nodes"
+        said = f"Ray: {len(self._left)} tasks on {len(ran)} nodes"
         if self._lost:
             said += f"; {self._lost} more were lost with their worker or node, and done again"
-        return ", ".join(sorted({made.kernels for _, made in done})), (said,)
+        return ", ".join(sorted(kernels)), (said,)
 
     def _has_room(self, job: _Job, pending: Collection[_Job]) -> bool:
         """Whether there is room where the output is built, now or when more of it has gone."""
@@ -152,7 +160,7 @@ class Tasks:
             shutil.rmtree(self._order.folders[job.number] / job.attempt, ignore_errors=True)
             return None
         except errors.RayTaskError as e:
-            raise e.cause from None
+            raise e.cause from e
         except errors.RayError as e:
             raise StreamqError(f"{job.shard.name}: Ray failed: {e}") from None
         if isinstance(made, Exception):
