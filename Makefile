@@ -49,7 +49,7 @@ peer-%:
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
 SOAK := header_fuzz kernels convert crash batch compress compress_failures \
-  triton triton_values triton_targets triton_sparse ascendc ascendc_checks
+  hub_sources hub_destinations triton triton_values triton_targets triton_sparse ascendc ascendc_checks
 
 soak: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --hypothesis-profile soak $(SOAK:%=tests/test_%.py)

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from math import lcm, prod
 from typing import NamedTuple
 
 import numpy as np
 
-from streamq.checkpoint import Checkpoint
+from streamq.checkpoint import Checkpoint, Span
 from streamq.formats import Layout
 from streamq.kernels.reference import dequantize, outer_scale
 from streamq.planning import Options, Plan, Weights, slab_rows
@@ -21,6 +22,9 @@ from streamq.tensors import TensorInfo
 
 #: Told of the bytes of the source that are done, and the name of a tensor.
 Progress = Callable[[int, str], None]
+
+#: Bytes of a group on the Hub that a worker holds, to look at twice and to fetch at once.
+HELD = 64 << 20
 
 #: Routed experts: the module that holds them, before the number of each.
 EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
@@ -101,14 +105,15 @@ def measure(
     def one(unit: Unit) -> tuple[list[float], float]:
         sums, signal = [0.0] * len(candidates), 0.0
         for group in unit.groups.values():
-            tops = [_amax(source, m) for m in group] if any(
-                s.needs_amax for s in candidates) else []  # fmt: skip
-            for m in group:
-                found, squares = _errors(source, m, candidates, options, max(tops, default=0.0))
-                sums = [a + b for a, b in zip(sums, found, strict=True)]
-                signal += squares
-                if progress:
-                    progress(m.tensor.nbytes, m.tensor.name)
+            with source.reading(partial(_reads, group)):
+                tops = [_amax(source, m) for m in group] if any(
+                    s.needs_amax for s in candidates) else []  # fmt: skip
+                for m in group:
+                    found, squares = _errors(source, m, candidates, options, max(tops, default=0.0))
+                    sums = [a + b for a, b in zip(sums, found, strict=True)]
+                    signal += squares
+                    if progress:
+                        progress(m.tensor.nbytes, m.tensor.name)
         return sums, signal
 
     with ThreadPoolExecutor(workers) as pool:
@@ -116,6 +121,17 @@ def measure(
             unit.errors = [e if size is not None else None
                            for e, size in zip(sums, unit.sizes, strict=True)]  # fmt: skip
             unit.signal = signal
+
+
+def _reads(group: list[Member]) -> list[Span]:
+    """What a group reads, if it is little enough to be in memory while it is measured."""
+    found: list[Span] = []
+    for m in group:
+        if m.weights.stored is not None:
+            found += m.weights.stored[m.row].spans(0, m.tensor.shape[0])
+        else:
+            found.append((m.tensor.file, m.tensor.start, m.tensor.end))
+    return found if sum(end - start for _, start, end in found) <= HELD else []
 
 
 def _slabs(source: Checkpoint, m: Member) -> Iterator[Array]:

@@ -61,11 +61,9 @@ class Stored(NamedTuple):
         """What ``read_rows`` reads, with what lies between the lines of a transposed tensor."""
         for e in self.layout.entries:
             t = self.tensors[e.suffix]
-            if e.rows and e.role != "unused":
-                start, width = _place(e, first, rows)
-                yield t.file, t.start + start, t.start + (e.lines - 1) * e.stride + start + width
-            elif e.role in ("global_scale", "constant"):
-                yield t.file, t.start, t.end
+            if e.role != "unused":
+                at, width = _place(e, first, rows) if e.rows else (0, t.nbytes)
+                yield t.file, t.start + at, t.start + (e.lines - 1) * e.stride + at + width
 
 
 #: How a weight of a plan lies in a source where it is not a tensor of floats by itself.

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -203,11 +204,16 @@ def test_an_old_output_is_not_taken_for_the_new_one():
 
 
 def test_an_interrupt_leaves_nothing_behind(here):
-    for seed, name in enumerate(NAMES):
-        write_source(here / name, seed, rows=8192)
-    args = ["-", "-s", "nvfp4a16", "--out", OUT, "--scales", "search", "-q"]
-    child = start(*args)
-    while not Path("out/org").exists() or not list(Path("out/org").glob("*.partial/output/*")):
+    site = here / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "real = os.pwrite\n"
+        "os.pwrite = lambda *args: time.sleep(1) or real(*args)\n"
+    )
+    args = ["-", "-s", "nvfp4a16", "--out", OUT, "-q"]
+    child = start(*args, env={**os.environ, "PYTHONPATH": str(site)})
+    while not list(Path().glob("out/org/*.partial/output/*")):
         time.sleep(0.01)
         assert child.poll() is None
     child.send_signal(signal.SIGINT)
@@ -216,7 +222,8 @@ def test_an_interrupt_leaves_nothing_behind(here):
     assert "the same command goes on" in said
     found = cli_run(*args)
     assert found.exit_code == 0, found.output
-    assert len(list(Path("out").glob("*/*"))) == 3
+    assert all(map(is_right, NAMES))
+    assert not list(Path("out").glob("**/*.partial"))
 
 
 # --- failures -----------------------------------------------------------------------------
@@ -295,6 +302,12 @@ def test_only_what_may_pass_is_tried_again(fault, retries, wanted, tries, jobs):
     assert found[1].tries == tries
     assert engine.sources.count("org/b") == tries
     assert found[1].error is None or "503" in found[1].error
+
+
+def test_what_a_first_try_has_done_is_not_discarded_by_the_second():
+    engine = Here(Flaky(1))
+    batch(engine, settings={"restart": True})
+    assert [w.settings["restart"] for w in engine.works if w.src == "org/b"] == [True, False]
 
 
 def test_others_run_while_one_waits_for_its_next_try(monkeypatch):
@@ -407,6 +420,30 @@ def test_disks_that_do_not_hold_all_outputs(monkeypatch):
     with pytest.raises(PlanError, match=r"all outputs together: .* --continue-on-error"):
         batch(engine)
     assert engine.works == []
+    result = cli_run("-", "-s", "nvfp4a16", "--out", OUT, "--dry-run")
+    assert result.exit_code == 1
+    assert "Error: all outputs together: " in result.stderr
+
+
+def test_what_running_jobs_have_yet_to_write_is_not_free(monkeypatch):
+    usage, most = shutil.disk_usage("/"), int(1.5 * read_plan()["disk_needed"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=most))
+    engine = Here(slowly)
+    assert states(batch(engine, jobs=3, continue_on_error=True)) == ["done"] * 3
+    assert engine.most == 1
+
+
+def test_what_running_jobs_have_written_is_not_counted_twice(monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    a, b = (Need(0, (Space(name, 8192, True),)) for name in "ab")
+    budget = Budget(1, None)
+    assert budget.take(a, 0)
+    assert budget.take(b, 0) is None
+    Path("a.partial").mkdir()
+    with Path("a.partial/x").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 8192)
+    assert budget.take(b, 0)
 
 
 needs = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(
@@ -473,6 +510,7 @@ def test_a_file_of_jobs(here):
     result = CliRunner().invoke(cli, ["batch", "jobs.toml", "--stats", "--no-sync"])
     assert result.exit_code == 0, result.output
     assert result.stdout.count(" dB") == 3
+    assert "[3/3] out/" in result.stderr
     assert is_right("two/c", "w4a16")
     assert is_right("org/a", "fp8_block")
     assert Path("jobs.toml.state").exists()

@@ -1,5 +1,7 @@
 """What files of jobs, lines and templates ask for; and everything that can be wrong with them."""
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ def here(tmp_path, monkeypatch):
     """A directory with meta/local in it."""
     monkeypatch.chdir(tmp_path)
     Path("meta/local").mkdir(parents=True)
+    Path("models/local").mkdir(parents=True)
     return tmp_path
 
 
@@ -67,6 +70,17 @@ def test_the_example(text, suffix):
     assert asked.run == {"jobs": 2, "max_memory": 1 << 30}
     assert asked.jobs[2].how["ignore"] == ("re:.*gate.*",)
     assert "ignore" not in asked.jobs[0].how
+
+
+def test_the_example_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "batch.md").read_text()
+    (example,) = re.findall(r"^    out = (?:.*\n|\n)+?(?=^\S)", text, re.MULTILINE)
+    asked = read(textwrap.dedent(example))
+    assert [j.dst for j in asked.jobs] == [
+        "out/meta/llama-nvfp4", "out/meta/llama-fp8_block", "out/qwen/qwen3-nvfp4",
+        "out/qwen/qwen3-fp8_block", "out/models/local-w4a16",
+    ]  # fmt: skip
+    assert asked.jobs[-1].src == "models/local"
 
 
 # What a file says, what the command line does, and the jobs: destination, scheme, format.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,7 @@ def test_a_source_that_is_what_is_wanted_is_copied(hub, source, work, tmp_path):
     assert found == local
     card = hub.uploads.files(REPO)["README.md"].decode()
     assert "license: mit" in card
+    assert "- fp8_dynamic\n" in card
     assert "Somebody" not in card
 
 
@@ -250,6 +252,15 @@ def test_a_source_on_the_hub_is_copied(hub, source, wanted, work, tmp_path):
     convert("hf://them/fp8", work, max_disk=30_000)
     names = wanted.keys() - {"streamq.json"}
     assert {name: output_of(hub)[name] for name in names} == {n: wanted[n] for n in names}
+
+
+def test_a_repository_is_replaced_by_what_it_is_converted_to(hub, source, wanted, work):
+    hub.commit_folder(REPO, source)
+    convert(DST, work, overwrite=True)
+    assert {n: d for n, d in output_of(hub).items() if n != "streamq.json"} == {
+        n: d for n, d in wanted.items() if n != "streamq.json"
+    }
+    assert b"base_model: " + REPO.encode() in hub.uploads.files(REPO)["README.md"]
 
 
 def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
@@ -424,24 +435,31 @@ def started(source, work, xet=False):
     )  # fmt: skip
 
 
-def at_request(number, matches):
-    """The process is killed when a request of a kind comes for the ``number``-th time, ahead of
-    its answer, or behind it.
-    """
-    seen = [0]
+class Killing:
+    """A fault: the process is killed when a request of a kind comes for the ``number``-th time."""
 
-    def fault(x):
-        seen[0] += matches(x)
-        if matches(x) and seen[0] == number:
-            os.kill(fault.pid, signal.SIGKILL)
-            x.body()
-            x.close_connection = True
-            x.connection.shutdown(2)
-            return True
-        return False
+    def __init__(self, number, matches=lambda x: True):
+        self._left, self._matches = number, matches
+        self._lock, self._started = threading.Lock(), threading.Event()
 
-    fault.pid = 0
-    return fault
+    def run(self, *arguments):
+        """The end of a process that this is to kill."""
+        child = started(*arguments)
+        self._pid = child.pid
+        self._started.set()
+        said, _ = child.communicate()
+        return child.returncode, said
+
+    def __call__(self, x):
+        with self._lock:
+            self._left -= self._matches(x)
+            if self._left or not self._matches(x):
+                return False
+        self._started.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        x.body()
+        x.close_connection = True
+        return True
 
 
 KILLS = {  # at which request, and whether the Hub forgets what is not committed
@@ -458,12 +476,8 @@ KILLS = {  # at which request, and whether the Hub forgets what is not committed
 def test_killed(hub, source, wanted, work, where):
     """No shard that was stored is made or goes up again, unless the Hub has lost it."""
     number, matches, forgets = KILLS[where]
-    fault = at_request(number, matches)
-    hub.faults = [fault]
-    child = started(source, work)
-    fault.pid = child.pid
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
+    hub.faults = [fault := Killing(number, matches)]
+    assert fault.run(source, work)[0] == -signal.SIGKILL
     assert REPO in hub.repos
     assert hub.uploads.messages == []
     hub.faults = []
@@ -477,6 +491,26 @@ def test_killed(hub, source, wanted, work, where):
     twice = len(hub.uploads.uploaded) - len(set(hub.uploads.uploaded))
     assert twice == (len(before) if forgets else 0)
     assert "resuming hf://acme/tiny-fp8: " in "".join(said) or number == 1
+
+
+def test_killed_again_and_again(hub, source, wanted, work, pytestconfig):
+    """At any request, while 5% of them fail, until a run gets through."""
+    soak = pytestconfig.getoption("--hypothesis-profile") == "soak"
+    for seed in range(40 if soak else 1):
+        chance, kills = random.Random(seed), 0
+        for of in (hub.repos, hub.uploads.objects):
+            of.pop(REPO, None)
+        hub.uploads.messages.clear()
+        code = -signal.SIGKILL
+        while code == -signal.SIGKILL:
+            fault = Killing(chance.randint(3, 40))
+            hub.faults = [fault, failing(0.05, seed=seed + kills)]
+            code, said = fault.run(source, work)
+            kills += code == -signal.SIGKILL
+        assert code == 0, f"{seed}, {kills} kills:\n{said}"
+        assert output_of(hub) == wanted, seed
+        assert len(hub.uploads.messages) == 1, seed
+        assert is_empty(work), seed
 
 
 def test_killed_behind_the_commit(hub, source, wanted, work):

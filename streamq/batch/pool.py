@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from streamq.converting import Settings, default_workers
-from streamq.errors import PlanError, Stopped, StreamqError
+from streamq.errors import Stopped, StreamqError
 from streamq.hub import is_hub
 
-from .budget import Budget, total_lack
+from .budget import Budget
 from .look import Planned
 from .state import State, record_of
 from .types import How, Outcome, Task, Watch, pause_after
@@ -50,9 +50,6 @@ class Pool:
             if task in self._waiting and (why := self._budget.lacks(task.need)):
                 self._waiting.remove(task)
                 self._fail(task, JobError(why, False))
-        lack = total_lack([t.need for t in self._waiting])
-        if lack and not self._how.continue_on_error:
-            raise PlanError(f"all outputs together: {lack} --continue-on-error makes what fits.")
         with ThreadPoolExecutor(self._how.jobs) as pool:
             futures = [pool.submit(self._serve) for _ in range(self._how.jobs)]
             try:

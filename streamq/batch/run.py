@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from streamq.errors import Stopped
+from streamq.errors import PlanError, Stopped
 
+from .budget import total_lack
 from .jobs import Job
 from .look import Kept, Planned, look
 from .pool import Pool
@@ -78,9 +79,18 @@ def run(jobs: Sequence[Job], how: How, engine: Engine, state: State, watch: Watc
         for p in _flat(tasks.values()):
             end(Outcome(p.job, "not started", p.to_json()))
     elif tasks:
+        if not how.continue_on_error and (lack := lack_of(_flat(tasks.values()))):
+            raise PlanError(lack)
         pool = Pool(how, engine, state, watch, end)
         pool.run([Task(planned) for planned in tasks.values()])
     return [ended[job.key] for job in jobs]
+
+
+def lack_of(found: Iterable[object]) -> str | None:
+    """Why the disks do not hold the outputs of all that is planned; None where they do."""
+    needs = [Task([p]).need for p in found if isinstance(p, Planned)]
+    lack = total_lack(needs)
+    return f"all outputs together: {lack} --continue-on-error makes what fits." if lack else None
 
 
 def _flat(lists: Iterable[Sequence[Any]]) -> list[Any]:

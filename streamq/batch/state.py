@@ -20,7 +20,7 @@ from streamq.errors import PlanError, WriteError
 from streamq.hub import is_hub
 from streamq.trust import RECORD, Journal, crc32, read_journal
 from streamq.writer import HubPlace, Upload, place_of
-from streamq.writer.disk import naming
+from streamq.writer.disk import SyncPool, naming
 
 from .jobs import Job
 
@@ -71,6 +71,7 @@ class State:
                 self._journal = Journal(path, good)
                 if not records:
                     self._journal.append(_FIRST, durable=True)
+                    SyncPool(True).path(path.parent)
         self._known = {r["dst"]: r for r in records[1:]}
 
     def of(self, job: Job) -> Known | None:

@@ -25,8 +25,9 @@ from .store import Array, LocalFiles, Reader, Remote, Span, Stop
 
 #: Connections at once: more than threads, as one alone is bound by the way to it and back.
 CONNECTIONS = 16
-#: What is fetched around a small read that nobody told of, and how much of it is kept.
-AROUND, AROUNDS = 1 << 20, 32
+#: Reads that nobody told of: bytes that are fetched together, how many of these are kept, and how
+#: many are fetched ahead where a thread reads on where it was. LARGE ones get what they ask for.
+AROUND, AROUNDS, AHEAD, LARGE = 2 << 20, 48, 4, 8 << 20
 #: Lines are fetched with what is between them, about so many bytes at a time.
 LINES = 8 << 20
 
@@ -74,16 +75,23 @@ class HubFiles:
         if (found := self._held.find(file, start, end)) is not None:
             into[:] = found.data
             return
-        if len(into) >= AROUND:
+        if len(into) >= LARGE:
             held = Held()
             held.add(file, start, np.frombuffer(into, np.uint8))
             self._run([Request(*span, []) for span in pieces(file, start, end)], held, None)
             return
-        size = self.size(file)
-        for first in range(start // AROUND * AROUND, end, AROUND):
-            near = self._near((file, first, min(size, first + AROUND)))
-            a, b = max(start, first), min(end, first + AROUND)
-            into[a - start : b - start] = near[a - first : b - first].data
+        on = getattr(self._mine, "end", None) == (file, start)
+        self._mine.end = file, end
+        size, begin = self.size(file), start // AROUND * AROUND
+        last = min(size, end + AHEAD * AROUND) if on else end
+        spans = [(file, at, min(size, at + AROUND)) for at in range(begin, last, AROUND)]
+        near = [(span, self._near(span)) for span in spans]
+        for span, found in near:
+            a, b = max(start, span[1]), min(end, span[2])
+            if a < b:
+                into[a - start : b - start] = self._whole(span, found)[
+                    a - span[1] : b - span[1]
+                ].data
 
     @property
     def _held(self) -> Held:
@@ -218,27 +226,30 @@ class HubFiles:
                 with self._lock:
                     self._book.shrink()
 
-    def _near(self, span: Span) -> Array:
+    def _near(self, span: Span) -> Future[Array]:
         """A piece of a shard that small reads are in, fetched once while it is kept."""
         with self._lock:
             found = self._around.get(span)
             if found is None:
-                found = self._around[span] = self._pool.submit(self._whole, span)
+                found = self._around[span] = self._pool.submit(self._piece, span)
                 if len(self._around) > AROUNDS:
                     self._around.popitem(last=False)
             self._around.move_to_end(span)
-        try:
-            return found.result()
-        except BaseException:
-            with self._lock:
-                self._around.pop(span, None)
-            raise
+        return found
 
-    def _whole(self, span: Span) -> Array:
+    def _piece(self, span: Span) -> Array:
         held, data = Held(), np.empty(span[2] - span[1], np.uint8)
         held.add(span[0], span[1], data)
         self._request(Request(*span, []), held, None)
         return data
+
+    def _whole(self, span: Span, found: Future[Array]) -> Array:
+        try:
+            return found.result()
+        except BaseException:  # the next one that needs it may have more luck
+            with self._lock:
+                self._around.pop(span, None)
+            raise
 
     def fingerprint(self, root: Path, files: list[str], others: list[str]) -> dict[str, Any]:
         """See ``Store``. The times are those of a download and say nothing; the commit does."""

@@ -25,6 +25,7 @@ from .options import (
     settings_of,
     size,
     source_options,
+    together,
 )
 from .upload import branch_options, upload_of
 
@@ -42,67 +43,40 @@ def _several(
     return found
 
 
+_what = together(
+    click.option("--out", metavar="TEMPLATE",
+                 help="Destinations, such as 'out/{org}/{name}-{scheme}'; also {format}, "
+                      "{revision}."),
+    click.option("--scheme", "-s", "schemes", multiple=True, callback=_several,
+                 metavar="NAME,...",
+                 help="Presets: every source is converted to each. Repeatable."),
+    click.option("--format", "-f", "formats", multiple=True, callback=_several,
+                 metavar="NAME,...",
+                 help="Formats: every scheme is written in each. Repeatable."),
+    click.option("--recipe", type=click.Path(), metavar="FILE",
+                 help="Rules that give modules their schemes (docs/recipes.md)."),
+    detail_options,
+)  # fmt: skip
+_how_many = together(
+    click.option("--jobs", type=click.IntRange(1, 256), default=1, show_default=True, metavar="N",
+                 help="Conversions at once; they share --workers, --max-memory and --max-disk."),
+    click.option("--continue-on-error", is_flag=True,
+                 help="Start what is left after a failure, too."),
+    click.option("--retries", type=click.IntRange(0, 100), default=3, show_default=True,
+                 metavar="N",
+                 help="Further tries where an error may pass: network, a busy Hub, a file "
+                      "server."),
+    click.option("--max-disk", callback=size, metavar="SIZE",
+                 help="What outputs being written may take together (default: what is free)."),
+    click.option("--state", type=click.Path(), metavar="FILE",
+                 help=f"What is done (default: JOBS.state; {STDIN_STATE} for standard input)."),
+)  # fmt: skip
+
+
 @cli.command()
 @click.argument("jobs_file", metavar="JOBS", type=click.Path(allow_dash=True))
-@click.option(
-    "--out",
-    metavar="TEMPLATE",
-    help="Destinations, such as 'out/{org}/{name}-{scheme}'; {format} and {revision} too.",
-)
-@click.option(
-    "--scheme",
-    "-s",
-    "schemes",
-    multiple=True,
-    callback=_several,
-    metavar="NAME,...",
-    help="Presets: every source is converted to each. Repeatable.",
-)
-@click.option(
-    "--format",
-    "-f",
-    "formats",
-    multiple=True,
-    callback=_several,
-    metavar="NAME,...",
-    help="Formats: every scheme is written in each. Repeatable.",
-)
-@click.option(
-    "--recipe",
-    type=click.Path(),
-    metavar="FILE",
-    help="Rules that give modules their schemes (docs/recipes.md).",
-)
-@detail_options
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Conversions at once; they share --workers, --max-memory and --max-disk.",
-)
-@click.option("--continue-on-error", is_flag=True, help="Start what is left after a failure, too.")
-@click.option(
-    "--retries",
-    type=click.IntRange(0, 100),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Further tries where an error may pass: network, a busy Hub, a file server.",
-)
-@click.option(
-    "--max-disk",
-    callback=size,
-    metavar="SIZE",
-    help="What outputs being written may take together (default: what is free).",
-)
-@click.option(
-    "--state",
-    type=click.Path(),
-    metavar="FILE",
-    help=f"What is done (default: JOBS.state; {STDIN_STATE} for standard input).",
-)
+@_what
+@_how_many
 @machine_options
 @device_options
 @engine_option
@@ -113,7 +87,7 @@ def _several(
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @json_option
 @quiet_option
-def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
+def batch(jobs_file: str, **o: Any) -> None:
     """Convert the many sources of JOBS.
 
     JOBS is a file in TOML or YAML (docs/batch.md), one in .txt with a source on each line, or -
@@ -122,7 +96,7 @@ def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
     left. Exit code 1 if a job failed or was not started.
     """
     from streamq import show
-    from streamq.batch import Processes, State, plan_all, read_jobs, run
+    from streamq.batch import Processes, State, lack_of, plan_all, read_jobs, run
     from streamq.batch.watching import watching
     from streamq.writer import place_of, refuse_unused
 
@@ -156,6 +130,9 @@ def batch(jobs_file: str, **o: Any) -> None:  # fmt: skip
         found = [outcome.to_json() for outcome in outcomes]
         if not o["as_json"] and not o["quiet"]:
             show.show_outcomes(found)
+    if o["dry_run"] and (lack := lack_of(plans)):
+        click.echo(f"Error: {lack}", err=True)
+        sys.exit(1)
     bad = sum(said["state"] in ("failed", "not started") for said in found)
     if bad:
         click.echo(f"Error: {bad} of {len(found)} jobs failed or did not start.", err=True)

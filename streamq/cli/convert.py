@@ -117,11 +117,14 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
             free_bytes(x.folder) if w.dst else None for x, w in zip(outputs, wanted, strict=True)
         ]
     if o["as_json"]:
-        plans = [show.plan_json(x.plan, means, f) for x, f in zip(outputs, free, strict=True)]
+        plans = [
+            show.plan_json(x.plan, means, f, x.disk_needed)
+            for x, f in zip(outputs, free, strict=True)
+        ]
         click.echo(json.dumps(plans if o["to"] else plans[0], indent=2))
         return
     for output, f in zip(outputs, free, strict=True):
-        show.show_plan(output.plan, means, f)
+        show.show_plan(output.plan, means, f, output.disk_needed)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -58,8 +59,12 @@ def places_of(
     src: str, wanted: Sequence[tuple[str | None, str | None, str | None]], o: dict[str, Any]
 ) -> list[Place]:
     """Where outputs go; ``wanted``: scheme, format and destination of each."""
+    from streamq.hub import is_hub
     from streamq.writer import place_of, refuse_unused
 
+    if any(is_hub(dst or "") for _, _, dst in wanted):
+        # huggingface_hub would write a bar for each file into ours; it looks when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     upload = upload_of(o)
     found = []
     for scheme, fmt, dst in wanted:

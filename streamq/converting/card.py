@@ -104,8 +104,9 @@ def _shell(title: str, command: str, text: str = "") -> Iterator[str]:
 
 
 def _schemes(plan: Plan) -> list[Scheme]:
-    """The schemes that weights got."""
-    return list(dict.fromkeys(w.scheme for shard in plan.shards for w in shard.weights))
+    """The schemes that weights got, or had already."""
+    found = dict.fromkeys(w.scheme for shard in plan.shards for w in shard.weights)
+    return list(found) or [plan.options.scheme] * plan.verbatim
 
 
 def _base_model(source: Checkpoint, place: HubPlace) -> str | None:

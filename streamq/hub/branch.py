@@ -175,7 +175,7 @@ class Branch:
                     part, None, "model", self.path.repo, self._stored_for, endpoint()
                 )[0]
 
-            found.update(o["oid"] for o in patiently(ask, str(self)) if "actions" not in o)
+            found.update(o["oid"] for o in patiently(ask, str(self)) if not o.get("actions"))
         return found
 
     @property

@@ -150,7 +150,7 @@ def translated(error: Exception, what: str) -> StreamqError:
         say = f"the Hub refused: {_reason(error)}; check what the token is allowed to do."
     elif status == 429:
         asked = retry_after(headers)
-        when = "later" if asked is None else f"in {asked:.0f} s"
+        when = f"in {asked:.0f} s" if asked else "later"
         say = f"too many requests for the Hub; run again {when}, with a login it allows more."
     elif status is not None:
         say = f"the Hub answered {status}: {_reason(error)}."

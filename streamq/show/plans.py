@@ -15,8 +15,13 @@ from . import text
 from .losses import quality_json, quality_lines
 
 
-def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
-    """A plan for programs: every tensor with what it becomes, sizes in bytes."""
+def plan_json(
+    plan: Plan, means: Means, free: int | None, need: int | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A plan for programs: every tensor with what it becomes, sizes in bytes.
+
+    ``need``: see ``plan_lines``.
+    """
     quantized = [
         {
             "name": t.name, "dtype": t.dtype, "shape": list(t.shape),
@@ -37,7 +42,7 @@ def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
         "peak_memory": means.peak_memory(plan),
-        "disk_needed": plan.disk_needed,
+        "disk_needed": plan.disk_needed if need is None else need,
         "disk_free": free,
         "workers": means.workers,
         "devices": means.devices,
@@ -54,8 +59,11 @@ def plan_json(plan: Plan, means: Means, free: int | None) -> dict[str, Any]:
     }
 
 
-def show_plan(plan: Plan, means: Means, free: int | None) -> None:
-    """The plan as tables: what is quantized, what is not and why, what it needs."""
+def show_plan(plan: Plan, means: Means, free: int | None, need: int | None = None) -> None:
+    """The plan as tables: what is quantized, what is not and why, what it needs.
+
+    ``need``: see ``plan_lines``.
+    """
     console = text.console()
     console.print(f"{plan.scheme_names}: {scheme_text(plan)}", soft_wrap=True, markup=False)
     table = text.table("tensors", "shape", "dtype", "count", "in", "out")
@@ -79,7 +87,7 @@ def show_plan(plan: Plan, means: Means, free: int | None) -> None:
         table.add_row(name, text.shape(shape), dtype, str(count), size_text(size), why)
     if kept:
         console.print(table)
-    for line in plan_lines(plan, means, free):
+    for line in plan_lines(plan, means, free, need):
         console.print(line, soft_wrap=True, markup=False)
 
 
