@@ -29,7 +29,7 @@ import streamq
 from streamq.checkpoint import blocks, from_hub, open_checkpoint, remote, spool
 from streamq.checkpoint.blocks import Book, fetched_of, forecast
 from streamq.cli import cli
-from streamq.converting import Output, Settings, convert_all, jobs
+from streamq.converting import Output, Settings, convert_all, jobs, reads
 from streamq.errors import AddressError, StreamqError
 from streamq.hub import HubPath, client, is_hub, parse_hub
 from streamq.planning import make_plan
@@ -57,14 +57,18 @@ def hub(monkeypatch, tmp_path):
     assert left == [], "files of a source are left behind"
 
 
+def shrink(put: Callable[[Any, str, int], None] = setattr) -> None:
+    """Blocks and jobs so small that small checkpoints have many; ``put``: that of monkeypatch."""
+    small_units(put)
+    put(jobs, "JOB", JOB)
+    for module in (blocks, reads, spool):
+        put(module, "BLOCK", BLOCK)
+    put(from_hub, "FIRST", 1 << 10)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Blocks and jobs so small that small checkpoints have many."""
-    small_units(monkeypatch.setattr)
-    monkeypatch.setattr(jobs, "JOB", JOB)
-    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
-    monkeypatch.setattr(spool, "BLOCK", BLOCK)
-    monkeypatch.setattr(from_hub, "FIRST", 1 << 10)
+    shrink(monkeypatch.setattr)
 
 
 def convert(src: str | Path, out: Path, *schemes: str, **how: Any) -> list[Any]:
@@ -211,6 +215,23 @@ def test_each_byte_is_fetched_once_where_the_spool_holds_it(
     assert on_disk <= peak <= limit
     if most < 1.1:
         assert hub.sent() <= 1.02 * tensors  # with all headers
+
+
+def test_the_spool_leaves_the_outputs_their_disk(hub, small, tmp_path, monkeypatch):
+    src = big(tmp_path / "in")
+    hub.commit_folder("org/model", src)
+    with open_checkpoint(REPO) as source:
+        output = Output(make_plan(source, streamq.api.options("nvfp4")), tmp_path / "out")
+        free = output.plan.disk_needed + 3 * BLOCK + 10
+        monkeypatch.setattr(reads, "free_bytes", lambda place: free)
+        told = streamq.converting.means_of([output], Settings()).traffic
+        convert_all(source, [output], Settings(sync=False))
+        assert told.spooled == source._store._book.peak * BLOCK == 3 * BLOCK
+        assert told.factor > 1.1
+        monkeypatch.setattr(reads, "free_bytes", lambda place: 0)
+        assert streamq.converting.means_of([output], Settings()).traffic.spooled == 0
+    convert(src, tmp_path / "local", "nvfp4")
+    same(tmp_path / "local", tmp_path / "out")
 
 
 def test_requests_are_few(hub, tmp_path):
@@ -479,14 +500,14 @@ def test_a_branch_that_moved_is_not_gone_on_with(hub, small, tmp_path):
     same(tmp_path / "local", out)
 
 
-def test_a_killed_run_goes_on(hub, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on(hub, small, tmp_path):
     """It leaves nothing of the weights outside of DST.partial."""
     src = big(tmp_path / "in", layers=6)
     size = sum(p.stat().st_size for p in src.glob("*.safetensors"))
     hub.commit_folder("org/model", src)
     hub.faults = [stalling(0.05)]
     code = (
-        "import sys; from small_units import small_units; small_units()\n"
+        "import sys; from test_hub_sources import shrink; shrink()\n"
         "from streamq.cli import cli; cli(sys.argv[1:])"
     )
     args = ["convert", REPO, str(tmp_path / "out"), "-s", "nvfp4", "-j", "1"]
@@ -509,7 +530,6 @@ def test_a_killed_run_goes_on(hub, tmp_path, monkeypatch):
         assert sum(p.stat().st_size for p in left.rglob("*") if p.is_file()) < 10_000
         shutil.rmtree(left)
     hub.faults, hub.log = [], []
-    small_units(monkeypatch.setattr)
     (summary,) = convert(REPO, tmp_path / "out", "nvfp4")
     assert summary.resumed > 0
     assert hub.sent() < size

@@ -98,9 +98,9 @@ class Book:
             if done and not kept.readers:
                 self._free.append(kept.slot)
 
-    def shrink(self) -> None:
-        """No slot beyond those that are there."""
-        self._slots = self.peak
+    def limit(self, slots: int) -> None:
+        """No more slots than so many, or than were in use already."""
+        self._slots = max(self.peak, min(self._slots, slots))
 
     def _slot(self) -> int | None:
         if self._free:

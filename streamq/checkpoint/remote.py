@@ -50,7 +50,7 @@ class HubFiles:
             name: (self.size(name) - header.nbytes, self.size(name))
             for name, header in headers.items() if name not in cached
         }  # fmt: skip
-        self.remote = Remote(extents, spool.slots)
+        self.remote = Remote(extents, spool.slots, spool.folder)
         self._book = Book(extents, spool.slots)
         self._pool = ThreadPoolExecutor(CONNECTIONS, "hub")
         self._lock = threading.Lock()
@@ -80,18 +80,23 @@ class HubFiles:
             held.add(file, start, np.frombuffer(into, np.uint8))
             self._run([Request(*span, []) for span in pieces(file, start, end)], held, None)
             return
-        on = getattr(self._mine, "end", None) == (file, start)
+        self._read_near(file, start, end, into)
+
+    def _read_near(self, file: str, start: int, end: int, into: memoryview) -> None:
+        """A read of some bytes from pieces that are kept; the next ones are on their way already
+        where this thread reads on.
+        """
+        goes_on = getattr(self._mine, "end", None) == (file, start)
         self._mine.end = file, end
-        size, begin = self.size(file), start // AROUND * AROUND
-        last = min(size, end + AHEAD * AROUND) if on else end
-        spans = [(file, at, min(size, at + AROUND)) for at in range(begin, last, AROUND)]
-        near = [(span, self._near(span)) for span in spans]
-        for span, found in near:
+        size, first = self.size(file), start // AROUND * AROUND
+        last = min(size, end + AHEAD * AROUND) if goes_on else end
+        spans = [(file, at, min(size, at + AROUND)) for at in range(first, last, AROUND)]
+        coming = [(span, self._near(span)) for span in spans]
+        for span, piece in coming:
             a, b = max(start, span[1]), min(end, span[2])
             if a < b:
-                into[a - start : b - start] = self._whole(span, found)[
-                    a - span[1] : b - span[1]
-                ].data
+                data = self._whole(span, piece)
+                into[a - start : b - start] = data[a - span[1] : b - span[1]].data
 
     @property
     def _held(self) -> Held:
@@ -134,6 +139,11 @@ class HubFiles:
         with self._lock:
             for spans in work:
                 self._book.expect(self._elsewhere(spans))
+
+    def limit(self, slots: int) -> None:
+        """See ``Store``."""
+        with self._lock:
+            self._book.limit(slots)
 
     def _elsewhere(self, spans: Iterable[Span]) -> list[Span]:
         return [span for span in spans if span[0] not in self._here]
@@ -224,7 +234,7 @@ class HubFiles:
             except OSError:
                 kept.failed = True
                 with self._lock:
-                    self._book.shrink()
+                    self._book.limit(0)
 
     def _near(self, span: Span) -> Future[Array]:
         """A piece of a shard that small reads are in, fetched once while it is kept."""

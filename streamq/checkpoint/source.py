@@ -100,6 +100,10 @@ class Checkpoint:
         """Be told of what ``reading`` will be asked for, a job at a time, before any is."""
         self._store.expect(work)
 
+    def limit_spool(self, slots: int) -> None:
+        """Let the spool of a remote source hold no more blocks than this."""
+        self._store.limit(slots)
+
     def reading(
         self, spans: Callable[[], Iterable[Span]], stop: Stop | None = None
     ) -> AbstractContextManager[None]:

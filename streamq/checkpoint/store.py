@@ -39,11 +39,12 @@ class Remote(NamedTuple):
     """What a plan knows of a source that is not on this machine.
 
     ``extents``: of each shard that is not here the first byte behind its header, and its size.
-    ``slots``: blocks that the spool holds.
+    ``slots``: blocks that the spool holds, in ``folder``.
     """
 
     extents: Mapping[str, tuple[int, int]]
     slots: int
+    folder: Path
 
 
 class Store(Protocol):
@@ -71,6 +72,9 @@ class Store(Protocol):
 
     def expect(self, work: Iterable[Iterable[Span]]) -> None:
         """Be told of what will be read, a job at a time, before any is."""
+
+    def limit(self, slots: int) -> None:
+        """Use no more blocks of the spool."""
 
     def reading(
         self, spans: Callable[[], Iterable[Span]], stop: Stop | None
@@ -143,6 +147,9 @@ class LocalFiles:
 
     def expect(self, work: Iterable[Iterable[Span]]) -> None:
         """Nothing to do: the kernel reads ahead."""
+
+    def limit(self, slots: int) -> None:
+        """Nothing to do."""
 
     def reading(
         self, spans: Callable[[], Iterable[Span]], stop: Stop | None

@@ -21,9 +21,9 @@ from .engine import Engine, Started
 from .finish import finish
 from .origin import identity_of, origin_of
 from .places import Output, check_outputs, destination_of
-from .reads import traffic_of
+from .reads import spool_beside, traffic_of
 from .run import Shards, Target, units_of
-from .threads import Here, default_workers, means_of, shards_to
+from .threads import Here, default_workers, folders_of, means_of, shards_to
 from .worker import Progress
 
 __all__ = [
@@ -125,6 +125,8 @@ def convert_all(
     try:
         for output, target in pairs:
             target.begin(identity_of(output.plan, prints), s.restart)
+        if source.remote is not None:
+            source.limit_spool(spool_beside([o.plan for o in outputs], folders_of(outputs)))
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
         run = engine.start(source, work, means, s)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
@@ -140,7 +142,8 @@ def convert_all(
                 if count := target.outlet.left:
                     _say(s, f"{target.name}: {count} converted shards are on their way there")
                 quality, _ = losses.get(id(target), (None, 0))
-                target.write_card(card_of(source, output, quality))
+                # Figures of some of the weights are none of the model.
+                target.write_card(card_of(source, output, None if run.unmeasured else quality))
             target.commit(origin_of(output.plan, prints))
     except BaseException as e:
         for target in targets:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from streamq.checkpoint import Span, Traffic, forecast
+from streamq.checkpoint import BLOCK, Span, Traffic, forecast
 from streamq.planning import Plan
+from streamq.writer import free_bytes, same_disk
 
 from .jobs import AmaxPart, CopyRun, Job, jobs_of
 from .slabs import spans_of
@@ -41,10 +43,29 @@ def with_released(jobs: Iterable[Job]) -> Iterator[Job]:
                 yield from job.then
 
 
-def traffic_of(plans: Sequence[Plan]) -> Traffic | None:
-    """What carrying out some plans for one source will download; None where it is here."""
+def traffic_of(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]] = ()) -> Traffic | None:
+    """What carrying out some plans for one source will download; None where it is here.
+
+    ``folders``: where their outputs go, as ``spool_beside`` has them.
+    """
     remote = plans[0].remote
     if remote is None:
         return None
     jobs = as_they_lie(jobs_of([plan.shards for plan in plans if not plan.verbatim]))
-    return forecast(map(reads, with_released(jobs)), *remote)
+    slots = spool_beside(plans, folders)
+    return forecast(map(reads, with_released(jobs)), remote.extents, slots)
+
+
+def spool_beside(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]]) -> int:
+    """Blocks that the spool of a remote source may hold where outputs are on the same disk.
+
+    ``folders``: where they go, with the bytes that each of them takes there.
+    """
+    remote = plans[0].remote
+    assert remote is not None
+    place = remote.folder / "spool"
+    near = [(folder, need) for folder, need in folders if same_disk(folder, place)]
+    if not near:
+        return remote.slots
+    left = free_bytes(near[0][0]) - sum(need for _, need in near)
+    return max(0, min(remote.slots, left // BLOCK))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
     """
     plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
     wanted = settings.workers or default_workers()
-    traffic = traffic_of(plans)
+    traffic = traffic_of(plans, folders_of(outputs))
     if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
         held, wanted = traffic.held, settings.workers or 2 * wanted
     found = means(
@@ -52,6 +53,14 @@ def means_of(outputs: list[Output], settings: Settings) -> Means:
     )  # fmt: skip
     uploads = upload_memory() if any(isinstance(o.dst, HubPlace) for o in outputs) else 0
     return replace(found, traffic=traffic, uploads=uploads)
+
+
+def folders_of(outputs: list[Output]) -> list[tuple[Path, int]]:
+    """Where outputs lie on the disk, and the bytes that each takes there at most.
+
+    None where a plan was asked for without.
+    """
+    return [(o.folder, o.disk_needed) for o in outputs if o.dst != Path()]
 
 
 class Here:

@@ -161,12 +161,16 @@ class Branch:
             self._found, self._fresh = self.look(MAIN), self.branch != MAIN
             if self._found is None:
                 raise HubError(f"{self}: was made, but the Hub does not show it; run again.")
+            if self._found.files.keys() - {".gitattributes"}:
+                raise HubError(
+                    f"{self}: somebody else made it meanwhile; look at it, then run again."
+                )
 
     def present(self, sums: Collection[Sum]) -> set[str]:
         """Of which files, by their sha256, the Hub has stored the bytes for this repository."""
         from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-        infos = [UploadInfo(s.size, b"", bytes.fromhex(s.sha256)) for s in sums]
+        infos = [UploadInfo(size=s.size, sample=b"", sha256=bytes.fromhex(s.sha256)) for s in sums]
         found: set[str] = set()
         for at in range(0, len(infos), _BATCH):
 

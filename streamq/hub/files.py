@@ -37,7 +37,7 @@ def uploaded(name: str, known: Sum) -> CommitOperationAdd:
     from huggingface_hub.lfs import UploadInfo
 
     op = CommitOperationAdd(name, b"")
-    op.upload_info = UploadInfo(known.size, b"", bytes.fromhex(known.sha256))
+    op.upload_info = UploadInfo(size=known.size, sample=b"", sha256=bytes.fromhex(known.sha256))
     op._upload_mode, op._is_uploaded, op._should_ignore = "lfs", True, False
     return op
 

@@ -32,7 +32,10 @@ class Uploader:
 
     def watch(self, gone: Callable[[str, BaseException | None], None]) -> None:
         """Have it called with the name of each file that is gone, or the error that ends it all."""
-        self._gone = gone
+        with self._changed:
+            self._gone, error = gone, self._error
+        if error is not None:
+            gone("", error)
 
     def put(self, name: str, size: int) -> None:
         """Take over a complete file."""
