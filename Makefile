@@ -16,7 +16,8 @@ demo: .venv/ready
 	$(BIN)/python examples/bits_per_byte.py $(EXAMPLE) $(DEMO)
 
 test: .venv/ready-test lint
-	$(BIN)/python -m pytest -n auto
+	@# loadgroup: tests that share a cluster run in one process, the others in any.
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # On a machine with a GPU; everything else that tests the Triton kernels is in `make test`.
 test-gpu: .venv/ready-test
@@ -94,6 +95,8 @@ browser: .venv/ready-test
 	@# A CPU build of torch is enough: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu keeps CUDA out.
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test-triton]' \
 	|| echo "test: SKIPPED the Triton kernels: torch and triton cannot be installed here"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test-ray]' \
+	|| echo "test: SKIPPED the cluster of nodes: ray cannot be installed here"
 	@touch $@
 
 clean:

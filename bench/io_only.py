@@ -10,7 +10,7 @@ import numpy as np
 import streamq.converting
 from streamq.cli import main
 
-_load_kernels = streamq.converting._load_kernels
+_load_kernels = streamq.converting.threads.load_kernels
 
 
 def _no_amax(x: Any) -> Any:
@@ -27,5 +27,5 @@ def _load_and_leave(*args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    streamq.converting._load_kernels = _load_and_leave  # type: ignore[assignment]
+    streamq.converting.threads.load_kernels = _load_and_leave  # type: ignore[assignment]
     main()

@@ -112,22 +112,27 @@ def convert(
     scheme: str | None = None,
     *,
     settings: Settings | None = None,
+    engine: str = "local",
     **how: Any,
 ) -> Summary:
     """Convert the checkpoint ``src`` into the new directory ``dst``; see ``options`` for ``how``.
 
-    ``dst`` may be ``hf://org/repo``, see ``Settings.upload``. Raises StreamqError; ``dst`` is then
-    as it was.
+    ``dst`` may be ``hf://org/repo``, see ``Settings.upload``. ``engine``: "local", or "ray",
+    "ray:HOST:PORT" and so on, see docs/ray.md. Raises StreamqError; ``dst`` is then as it was.
     """
     from streamq.checkpoint import open_checkpoint
     from streamq.converting import Settings
     from streamq.converting import convert as run
+    from streamq.engines import opened
     from streamq.planning import make_plan, refuse_overlap
 
     refuse_overlap(src, dst)
     s = settings or Settings()
-    with open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source:
-        return run(source, make_plan(source, options(scheme, **how)), dst, s)
+    with (
+        opened(engine, src) as where,
+        open_checkpoint(src, spool=s.spool, spool_dir=s.spool_dir) as source,
+    ):
+        return run(source, make_plan(source, options(scheme, **how)), dst, s, where)
 
 
 def reindex(

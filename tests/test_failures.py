@@ -224,7 +224,7 @@ SLOW = """
 import sys, time
 import streamq.converting
 from streamq.cli import main
-load = streamq.converting._load_kernels
+load = streamq.converting.threads.load_kernels
 def slow(*args):
     kernels = load(*args)
     quick = kernels.quantize
@@ -234,7 +234,7 @@ def slow(*args):
         return quick(*a, **k)
     kernels.quantize = quantize
     return kernels
-streamq.converting._load_kernels = slow
+streamq.converting.threads.load_kernels = slow
 sys.argv = ["streamq", *sys.argv[1:]]
 main()
 """

@@ -23,7 +23,7 @@ FLOORS = [
     {"stored"},
     {"planning"},
     {"converting", "measure", "reindexing", "progress"},
-    {"allocate", "verifying"},
+    {"allocate", "engines", "verifying"},
     {"compressing", "repairing"},
     {"show", "api"},
     {"batch", "report"},

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-from streamq.converting import default_workers
+from streamq.converting import Settings, default_workers
 from streamq.errors import Stopped, StreamqError
 from streamq.hub import is_hub
 
@@ -107,18 +107,12 @@ class Pool:
         task.tries += 1
         for p in task.planned:
             self._state.note(p.job, p.known)
-        s = self._how.settings
-        twice = 2 if is_hub(task.src) else 1  # half of them wait for it
-        threads = s.workers or twice * default_workers()
-        settings = replace(
-            s, workers=max(1, threads // at_once), max_memory=memory, spool=s.spool // at_once,
-            restart=s.restart and task.tries == 1,
-        )  # fmt: skip
+        settings = self._settings(task, memory, at_once)
         outputs = tuple((p.job.dst, p.job.how) for p in task.planned)
         self._watch.begins(task)
         try:
             made = self._engine.carry_out(
-                Work(task.src, outputs, settings_json(settings)),
+                Work(task.src, outputs, settings_json(settings), self._how.engine),
                 lambda n, name: self._watch.advances(task, n, name),
                 lambda line: self._watch.says(task.src, line),
             )
@@ -129,6 +123,17 @@ class Pool:
             return
         for p, result in zip(task.planned, made, strict=True):
             self._done(p, result, task.tries)
+
+    def _settings(self, task: Task, memory: int, at_once: int) -> Settings:
+        """Those of one try; what is this machine's is shared out."""
+        s = self._how.settings
+        s = replace(s, restart=s.restart and task.tries == 1)
+        if self._how.engine != "local":
+            return s
+        twice = 2 if is_hub(task.src) else 1  # half of them wait for it
+        threads = s.workers or twice * default_workers()
+        share = max(1, threads // at_once)
+        return replace(s, workers=share, max_memory=memory, spool=s.spool // at_once)
 
     def _done(self, p: Planned, result: dict[str, Any], tries: int) -> None:
         record = None if is_hub(p.job.dst) else record_of(p.job, self._how.settings.upload)

@@ -26,7 +26,8 @@ class How:
 
     ``continue_on_error``: a failure does not keep other jobs from starting. ``max_disk``: bytes
     that outputs being written may take together. ``settings``: of all conversions together;
-    threads and memory are shared out.
+    threads and memory are shared out. ``engine``: the name of one; with ``ray`` threads and memory
+    are those of each of its tasks.
     """
 
     jobs: int = 1
@@ -34,6 +35,7 @@ class How:
     continue_on_error: bool = False
     max_disk: int | None = None
     settings: Settings = field(default_factory=Settings)
+    engine: str = "local"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from streamq.api import options
 from streamq.checkpoint import open_checkpoint
 from streamq.converting import Output, Settings, Upload, convert_all
+from streamq.engines import opened
 from streamq.errors import StreamqError
 from streamq.hub import is_hub
 from streamq.planning import Plan, make_plan
@@ -42,12 +43,13 @@ class Work:
     """A source with one output or several, read once.
 
     ``outputs``: destinations with keywords of ``streamq.api.options``. ``settings``: see
-    ``settings_json``. All of it can be written as JSON.
+    ``settings_json``. ``engine``: where its shards are made. All of it can be written as JSON.
     """
 
     src: str
     outputs: tuple[tuple[str, Mapping[str, Any]], ...]
     settings: Mapping[str, Any]
+    engine: str = "local"
 
     def to_json(self) -> dict[str, Any]:
         """The inverse of ``Work(**...)``."""
@@ -98,12 +100,15 @@ def output_of(src: str, dst: str, how: Mapping[str, Any], plan: Plan, upload: Up
 def carry_out(work: Work, progress: Progress, notify: Notify) -> list[dict[str, Any]]:
     """Convert; of each output what ``convert --json`` prints, without single tensors."""
     settings = settings_of(work.settings, progress, notify)
-    with open_checkpoint(work.src, spool=settings.spool, spool_dir=settings.spool_dir) as source:
+    with (
+        opened(work.engine, work.src) as engine,
+        open_checkpoint(work.src, spool=settings.spool, spool_dir=settings.spool_dir) as source,
+    ):
         outputs = [
             output_of(work.src, dst, how, make_plan(source, options(**how)), settings.upload)
             for dst, how in work.outputs
         ]
-        summaries = convert_all(source, outputs, settings)
+        summaries = convert_all(source, outputs, settings, engine)
     made = [summary_json(o, s) for o, s in zip(outputs, summaries, strict=True)]
     return [{k: v for k, v in m.items() if k != "sqnr_db_by_tensor"} for m in made]
 

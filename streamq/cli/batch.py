@@ -17,6 +17,7 @@ from .options import (
     detail_options,
     device_options,
     dry_run_option,
+    engine_option,
     json_option,
     machine_options,
     quiet_option,
@@ -78,6 +79,7 @@ _how_many = together(
 @_how_many
 @machine_options
 @device_options
+@engine_option
 @source_options
 @branch_options
 @dry_run_option
@@ -163,7 +165,9 @@ def _how(o: dict[str, Any]) -> Any:
     spool = {k: said[f"streamq.{k}"] for k in ("spool", "spool_dir")}
     upload = upload_of({**o, "base_model": None, "max_disk": None})
     settings = replace(settings_of(o), upload=upload, **spool)
-    return How(o["jobs"], o["retries"], o["continue_on_error"], o["max_disk"], settings)
+    return How(
+        o["jobs"], o["retries"], o["continue_on_error"], o["max_disk"], settings, o["engine"]
+    )
 
 
 def _state_of(jobs_file: str) -> str:

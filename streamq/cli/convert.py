@@ -14,6 +14,7 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    engine_option,
     open_source,
     options_of,
     quiet_option,
@@ -132,6 +133,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @scheme_options
 @target_options
 @device_options
+@engine_option
 @source_options
 @_to
 @dry_run_option
@@ -152,6 +154,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     """
     from streamq import show
     from streamq.converting import check_outputs, convert_all, means_of
+    from streamq.engines import opened
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
     from streamq.report import check_target, write
@@ -172,16 +175,16 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     places = places_of(src, wanted, o)
     for w in wanted:
         refuse_overlap(src, w.dst or "")
-    with open_source(src) as source:
+    with opened(o["engine"], src) as engine, open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
-        means = means_of(outputs, settings_of(o))
+        means = (engine.means if engine else means_of)(outputs, settings_of(o))
         free = check_outputs(outputs, o["overwrite"])
         for output in outputs:
             for line in show.plan_lines(output.plan, means, free, output.disk_needed):
                 say(line)
         total = sum(output.plan.bytes_in for output in outputs)
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
-            summaries = convert_all(source, outputs, settings_of(o, advance, say))
+            summaries = convert_all(source, outputs, settings_of(o, advance, say), engine)
         if o["page"]:
             found = of_conversion(source, src, outputs[0], summaries[0])
             write(Path(o["page"]), found)

@@ -46,6 +46,18 @@ def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """What ``address_of`` knows. Anything else is wrong usage."""
+    from streamq.engines import address_of
+    from streamq.errors import PlanError
+
+    try:
+        address_of(value)
+    except PlanError as e:
+        raise click.BadParameter(str(e)) from None
+    return value
+
+
 def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     """Numbers of ranks from 2,4,8."""
     parts = value.split(",") if value else []
@@ -162,6 +174,12 @@ device_options = together(
                  help="Memory to use on each device (default: 3/4 of what is free)."),
 )  # fmt: skip
 
+#: Where a conversion runs.
+engine_option = click.option(
+    "--engine", callback=engine, default="local", show_default=True, metavar="NAME",
+    help="What runs it: this process, or the nodes of a Ray cluster, as ray, ray:auto, "
+         "ray:HOST:PORT or ray:ray://HOST:PORT (docs/ray.md).",
+)  # fmt: skip
 
 #: Options that formats have of their own.
 FORMAT_OPTIONS = ("gpt_fast_names", "scale_fmt", "group_dim")

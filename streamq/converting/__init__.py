@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from streamq.checkpoint import SPOOL, Checkpoint
-from streamq.hub import Committed, upload_memory
+from streamq.hub import Committed
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
-from streamq.schemes import BYTES
-from streamq.writer import Destination, HubDestination, HubPlace, Upload, place_of
+from streamq.writer import Destination, HubDestination, Upload, place_of
 
+from .boxes import Tally
 from .card import card_of
-from .devices import Means, is_quantized, means
+from .devices import Means
+from .engine import Engine, Started
 from .finish import finish
-from .jobs import JOB
 from .origin import identity_of, origin_of
 from .places import Output, check_outputs, destination_of
 from .reads import spool_beside, traffic_of
-from .run import Run, Target
+from .run import Shards, Target, units_of
+from .threads import Here, default_workers, folders_of, means_of, shards_to
 from .worker import Progress
 
-if TYPE_CHECKING:
-    from .fleet import Fleet
-
 __all__ = [
-    "Means", "Output", "Progress", "Settings", "Summary", "Upload", "check_outputs", "convert",
-    "convert_all", "default_workers", "means_of", "repeat",
+    "Engine", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary", "Tally",
+    "Upload", "check_outputs", "convert", "convert_all", "default_workers", "identity_of",
+    "means_of", "repeat", "shards_to", "traffic_of", "units_of",
 ]  # fmt: skip
-
-#: Kernels that are in the cache on disk load in well under this; compiling takes longer.
-SLOW_START = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +88,34 @@ class Summary:
     committed: Committed | None = None
 
 
-def default_workers() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def convert(
-    source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], settings: Settings = Settings()
+    source: Checkpoint,
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    settings: Settings = Settings(),
+    engine: Engine | None = None,
 ) -> Summary:
     """Write the checkpoint that ``plan`` describes to ``dst``, a directory or ``hf://org/repo``."""
-    (summary,) = convert_all(source, [Output(plan, place_of(dst, settings.upload))], settings)
+    outputs = [Output(plan, place_of(dst, settings.upload))]
+    (summary,) = convert_all(source, outputs, settings, engine)
     return summary
 
 
 def convert_all(
-    source: Checkpoint, outputs: list[Output], settings: Settings = Settings()
+    source: Checkpoint,
+    outputs: list[Output],
+    settings: Settings = Settings(),
+    engine: Engine | None = None,
 ) -> list[Summary]:
     """Carry out several plans for one source, which is read once.
 
-    Goes on where an earlier run with the same plans was interrupted. Raises StreamqError; what
-    is done then stays in ``dst.partial``, and notes on the exception say so.
+    ``engine``: where the shards are made; None for this process. Goes on where an earlier run
+    with the same plans was interrupted. Raises StreamqError; what is done then stays in
+    ``dst.partial``, and notes on the exception say so.
     """
     began = time.perf_counter()
-    means = means_of(outputs, settings)
+    engine = engine or Here()
+    means = engine.means(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
     targets = [destination_of(o, s.overwrite, s.sync, s.sha256) for o in outputs]
@@ -130,11 +128,11 @@ def convert_all(
         if source.remote is not None:
             source.limit_spool(spool_beside([o.plan for o in outputs], folders_of(outputs)))
         work = [(o.plan, t) for o, t in pairs if not o.plan.verbatim]
-        run = Run(source, work, means.workers, progress, s.stats, s.details, means.fleet)
+        run = engine.start(source, work, means, s)
         resumed = [_resumed(source, o, t, s) for o, t in pairs]
         if run.unmeasured:
             _say(s, "an earlier run measured less; what it has done is not in the figures")
-        cpu = run.run(lambda: _load_kernels([plan for plan, _ in work], s, means.fleet)).NAME
+        backend, remarks = run.run()
         for output, target in pairs:
             finish(source, output.plan, target, progress)
         source.refuse_changed()
@@ -162,8 +160,6 @@ def convert_all(
             means.fleet.close()
     seconds = time.perf_counter() - began
     measured = iter(run.measured)
-    backend = means.backend(cpu)
-    remarks = (*means.remarks, *(means.fleet.remarks(cpu) if means.fleet else ()))
     summaries = []
     for (output, target), before in zip(pairs, resumed, strict=True):
         plan = output.plan
@@ -181,7 +177,7 @@ def convert_all(
                 rounded,
                 before,
                 remarks,
-                None if source.remote is None else source.received,
+                None if source.remote is None else source.received + run.received,
                 target.committed,
             )
         )
@@ -207,68 +203,6 @@ def _say(settings: Settings, line: str) -> None:
 
 def repeat(source: Checkpoint, plan: Plan, target: Target, settings: Settings) -> Quality | None:
     """Give all that a conversion would write to ``target``; what the weights lost, if asked for."""
-    progress = settings.progress or (lambda n, name: None)
-    work = [] if plan.verbatim else [(plan, target)]
-    wanted = settings.workers or default_workers()
-    traffic = traffic_of([plan])
-    held = 0 if traffic is None else traffic.held
-    workers = plan.workers_within(wanted, max(settings.max_memory, held + plan.slab_memory), held)
-    run = Run(source, work, workers, progress, settings.stats, settings.details)
-    run.run(lambda: _load_kernels([plan for plan, _ in work], settings, None))
-    finish(source, plan, target, progress)
+    run, _ = shards_to(source, plan, target, settings)
+    finish(source, plan, target, settings.progress or (lambda n, name: None))
     return run.measured[0][0] if run.measured else None
-
-
-def means_of(outputs: list[Output], settings: Settings) -> Means:
-    """As many threads as memory allows, and devices; see ``Means``.
-
-    With several outputs each thread holds what it reads, and from the Hub as well. Raises
-    PlanError where memory does not hold one, and for a device that cannot be used.
-    """
-    plans, held = [o.plan for o in outputs], JOB if len(outputs) > 1 else 0
-    wanted = settings.workers or default_workers()
-    traffic = traffic_of(plans, folders_of(outputs))
-    if traffic is not None:  # all that a job reads is in memory, and half of the jobs wait for it
-        held, wanted = traffic.held, settings.workers or 2 * wanted
-    found = means(
-        plans, settings.device, wanted, settings.max_memory, settings.device_memory, held,
-        settings.stats,
-    )  # fmt: skip
-    uploads = upload_memory() if any(isinstance(o.dst, HubPlace) for o in outputs) else 0
-    return replace(found, traffic=traffic, uploads=uploads)
-
-
-def folders_of(outputs: list[Output]) -> list[tuple[Path, int]]:
-    """Where outputs lie on the disk, and the bytes that each takes there at most.
-
-    None where a plan was asked for without.
-    """
-    return [(o.folder, o.disk_needed) for o in outputs if o.dst != Path()]
-
-
-def _load_kernels(
-    plans: list[Plan], settings: Settings, fleet: Fleet | None = None
-) -> ModuleType:  # fmt: skip
-    """Compile the CPU's kernels, or load them from the cache, before any thread needs them.
-
-    Imported here and not above: numba takes 0.2 s, in which other threads already copy.
-    """
-    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
-    say = settings.notify or (lambda line: None)
-    timer = threading.Timer(SLOW_START, lambda: say(text))
-    timer.daemon = True
-    timer.start()
-    try:
-        from streamq.kernels import cpu
-
-        for target, packing, dtype in {
-            (w.target, layout.packing if layout.entry("codes").direct else BYTES, w.numpy)
-            for plan in plans
-            for shard in plan.shards for w in shard.weights for layout in w.layouts
-            if is_quantized(w) and not (fleet and fleet.takes(w))
-        }:  # fmt: skip
-            how = target.numerics, settings.stats, settings.details
-            cpu.warm_up(target.scheme, packing, dtype, *how)
-    finally:
-        timer.cancel()
-    return cpu

@@ -16,7 +16,7 @@ from streamq.planning import Plan
 from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
-from .jobs import AmaxPart, Job, jobs_of
+from .jobs import AmaxPart, Job, QuantizePart, jobs_of
 from .reads import as_they_lie, reads, with_released
 from .rooms import Rooms, Space
 from .scheduler import Scheduler
@@ -41,8 +41,8 @@ class Outlet(Protocol):
         """Wait until there is room for a shard of ``size`` bytes."""
 
 
-class Target(Protocol):
-    """Where an output goes: a Destination, or what compares it with one that is there."""
+class Shards(Protocol):
+    """Where the shards of an output go."""
 
     @property
     def outlet(self) -> Outlet | None:
@@ -67,6 +67,10 @@ class Target(Protocol):
     def close_shard(self, shard: Any) -> None:
         """Close it."""
 
+
+class Target(Shards, Protocol):
+    """Where an output goes: a Destination, or what compares it with one that is there."""
+
     def copy_file(self, source: Path, name: str, keep: bool = False) -> None:
         """Take a file of the source as it is; ``keep`` where it is large."""
 
@@ -83,7 +87,7 @@ class Run:
     def __init__(
         self,
         source: Checkpoint,
-        work: Sequence[tuple[Plan, Target]],
+        work: Sequence[tuple[Plan, Shards]],
         workers: int,
         progress: Progress,
         stats: bool,
@@ -151,12 +155,8 @@ class Run:
 
     def _left_of(self, jobs: list[Job]) -> list[Job]:
         """What is to be done where an earlier run has begun."""
-        second = {id(job.then): job.then for job in jobs if isinstance(job, AmaxPart)}
-        first = [job for job in jobs if not isinstance(job, AmaxPart)]
-        keys: list[set[str]] = [set() for _ in self._shards]
-        for job in chain(first, *second.values()):
-            for number, key in job.units():
-                keys[number].add(key)
+        second = _second_of(jobs)
+        keys = _units(jobs, len(self._shards))
         done = []
         for (shard, destination, tally), units in zip(self._shards, keys, strict=True):
             done.append(destination.finished(shard.name, shard.size, units))
@@ -233,3 +233,23 @@ class Run:
                 opened = destination.shard(shard.name, shard.header, shard.size)
                 self._sinks[number] = ShardSink(opened, tally)
             return self._sinks[number]
+
+
+def _second_of(jobs: list[Job]) -> dict[int, list[QuantizePart]]:
+    """What the jobs release later, once each."""
+    return {id(job.then): job.then for job in jobs if isinstance(job, AmaxPart)}
+
+
+def units_of(plans: Sequence[Plan]) -> list[set[str]]:
+    """The keys of the units of each shard, over all plans."""
+    return _units(list(jobs_of([plan.shards for plan in plans])), sum(len(p.shards) for p in plans))
+
+
+def _units(jobs: list[Job], count: int) -> list[set[str]]:
+    """Those of jobs for ``count`` shards."""
+    first = [job for job in jobs if not isinstance(job, AmaxPart)]
+    keys: list[set[str]] = [set() for _ in range(count)]
+    for job in chain(first, *_second_of(jobs).values()):
+        for number, key in job.units():
+            keys[number].add(key)
+    return keys

@@ -14,6 +14,7 @@ from .destination import (
     partial_bytes,
     same_disk,
 )
+from .disk import SyncPool
 from .growing import GrowingShard
 from .header import build_header, quoted
 from .places import HubPlace, Place, Upload, place_of, refuse_unused
@@ -22,7 +23,7 @@ from .uploading import CARD, SHARDS, HubDestination, check_branch
 
 __all__ = [
     "CARD", "SHARDS", "Destination", "GrowingShard", "HubDestination", "HubPlace", "Place",
-    "ShardWriter", "Unit", "Upload", "build_header", "check_branch", "check_destination",
-    "existing_parent", "free_bytes", "joined", "partial_bytes", "place_of", "quoted",
-    "refuse_unused", "same_disk",
+    "ShardWriter", "SyncPool", "Unit", "Upload", "build_header", "check_branch",
+    "check_destination", "existing_parent", "free_bytes", "joined", "partial_bytes", "place_of",
+    "quoted", "refuse_unused", "same_disk",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from streamq.trust import RECORD, FileSum, Running, record_text
 from .disk import SyncPool, lock, naming, write_all
 from .growing import GrowingShard
 from .partial import Partial
-from .shard import COPY, ShardWriter, sha256_of
+from .shard import COPY, TEMPORARY, ShardWriter, sha256_of
 from .uploader import Uploader
 
 
@@ -52,6 +52,16 @@ class Destination:
         return str(self.dst)
 
     @property
+    def wants_sha256(self) -> bool:
+        """Whether that of every file is to be known."""
+        return self._sha256
+
+    @property
+    def attempts(self) -> Path:
+        """Where others may build shards, for ``accept``; what is there at the end goes."""
+        return self.partial / "attempts"
+
+    @property
     def state(self) -> Partial:
         """What is done and noted, after ``begin``."""
         assert self._state is not None
@@ -72,6 +82,7 @@ class Destination:
             self._state.begin(None if restart else identity)
             if not self._state.goes_on:
                 self._state.start(identity or {})
+            shutil.rmtree(self.attempts, ignore_errors=True)  # of a run that was killed
         self.begun = True
 
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
@@ -137,6 +148,28 @@ class Destination:
         """Close a shard; from now on it is complete."""
         notes = self.state.notes.get(shard.name, [])
         self._complete(shard.name, shard.close(), notes + shard.notes)
+
+    def accept(
+        self, path: Path, name: str, header: bytes, size: int, sums: FileSum, notes: list[Any]
+    ) -> None:
+        """Give a shard that another process has written its place; it is complete from now on.
+
+        It is on disk under ``path``, and flushed. Raises WriteError where it is not what was
+        planned. What this process had of it goes.
+        """
+        with naming(name):
+            with path.open("rb") as file:
+                found = file.read(len(header)), os.fstat(file.fileno()).st_size
+            if found != (header, size):
+                raise WriteError(
+                    f"{name}: {path} is not what was written there; its storage is not the same "
+                    "for all who use it, or at fault."
+                )
+            self.state.known(name, size)
+            (self.output / (name + TEMPORARY)).unlink(missing_ok=True)
+            os.rename(path, self.output / name)
+            self.sync.path(self.output)
+        self._complete(name, sums, notes)
 
     def _complete(self, name: str, found: FileSum, notes: list[Any]) -> None:
         self.files[name] = found
