@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError
+from streamq.pace import FREE
 from streamq.tensors import TensorInfo
 from streamq.trust import RECORD
 
@@ -41,7 +42,7 @@ class Checkpoint:
     ``tensors``: by name, in file order; ``nbytes`` of all. ``files``: shard file names in order.
     ``metadata``: by file, what its header says beside tensors. ``config``: config.json, {}
     where there is none. ``others``: paths, relative to ``root``, of the files that are not
-    weights. ``oddities``: sentences for people.
+    weights. ``oddities``: sentences for people. ``pace``: how fast shards are read.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Checkpoint:
             self.tensors.update([(t.name, t) for t in header.tensors])
             if len(self.tensors) != known + len(header.tensors):
                 self._refuse_doubles(headers)
+        self.pace = FREE
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -96,6 +98,7 @@ class Checkpoint:
 
         Raises CheckpointError where the file ends early or cannot be read.
         """
+        self.pace.take(len(into))
         done = 0
         while done < len(into):
             try:
@@ -115,6 +118,7 @@ class Checkpoint:
         """
         from .lines import read_lines  # numba takes 0.2 s, and few checkpoints need this
 
+        self.pace.take(into.nbytes)
         whole: int = read_lines(self.fd(file), start, step, into)
         for i in range(whole, len(into)):  # interrupted, or an error to tell of
             self.pread(file, start + i * step, into[i].data)

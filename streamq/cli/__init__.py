@@ -7,11 +7,12 @@ import os
 import sys
 from typing import NoReturn
 
-from . import allocate, compress, convert, look, reindex, repair, report
+from . import allocate, compress, convert, kernels, look, reindex, repair, report
 from .group import cli
 
 __all__ = [
-    "allocate", "cli", "compress", "convert", "look", "main", "reindex", "repair", "report",
+    "allocate", "cli", "compress", "convert", "kernels", "look", "main", "reindex", "repair",
+    "report",
 ]  # fmt: skip
 
 

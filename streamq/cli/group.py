@@ -50,11 +50,26 @@ def _tell(text: str, error: BaseException) -> None:
         click.echo(line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ...", err=True)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True,
+}  # fmt: skip
+
+
+@click.group(cls=_Group, context_settings=_SETTINGS)
 @click.version_option(package_name="streamq")
 def cli() -> None:
     """Quantize checkpoints of any size without building the model.
 
+    `streamq COMMAND --help` has the options and examples of a command.
+
     \b
     Exit codes: 0 done, 1 error, 2 wrong usage, 3 verification failed, 130 interrupted.
+
+    \b
+    Environment:
+      NUMBA_CACHE_DIR=DIR   where compiled kernels are looked for first, and kept
+      STREAMQ_ASCENDC=DIR   where the kernels for NPUs are looked for
+      STREAMQ_DEBUG=1       a traceback for what is a bug in streamq
+      _STREAMQ_COMPLETE=bash_source, zsh_source or fish_source
+                            print what a shell needs to complete commands, and stop
     """

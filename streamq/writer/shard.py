@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq.errors import WriteError
+from streamq.pace import FREE, Pace
 from streamq.trust import FileSum, Journal, Sums
 
 from .disk import SyncPool, naming, write_all
@@ -44,6 +45,7 @@ class Unit:
     def put(self, offset: int, data: Any) -> None:
         """Write a buffer at an absolute offset."""
         view = memoryview(data).cast("B")
+        self._shard.pace.take(len(view))
         self.sums.add(offset, view)
         self._shard.write(offset, view)
 
@@ -59,6 +61,7 @@ class Unit:
         """
         buffer = memoryview(bytearray(min(nbytes, COPY)))
         while nbytes:
+            self._shard.pace.take(min(nbytes, COPY))
             with naming(self._shard.name):
                 n = os.preadv(fd, [buffer[: min(nbytes, COPY)]], start)
             if n == 0:
@@ -83,8 +86,10 @@ class ShardWriter:
     def __init__(
         self, folder: Path, name: str, header: bytes, size: int, sync: SyncPool,
         journal: Journal | None = None, known: Sums | None = None, sha256: bool = False,
+        pace: Pace = FREE,
     ) -> None:  # fmt: skip
         self.name = name
+        self.pace = pace
         self.size = size
         self.notes: list[dict[str, Any]] = []
         self._folder = folder
