@@ -2,6 +2,7 @@
 
     python bench/run.py                       S, M, MoE, F3D in NVFP4A16, FP8_BLOCK; K against L
     python bench/run.py -c M -s w4a16 -r 9    one checkpoint, one scheme, nine rounds
+    python bench/run.py --checksums -c M      what those of streamq.json cost
     python bench/run.py --kernels             GB/s of every kernel beside memcpy
     python bench/run.py --peers -r 3          other tools, where `make peers` installed them
     python bench/run.py --peers mlx-lm        one of them
@@ -65,6 +66,18 @@ def contestants(scheme: str) -> list[Contestant]:
         Contestant("streamq", ours, "cp -r, sync"),
         Contestant("I/O only --no-sync", [*io, "--no-sync"], "streamq --no-sync"),
         Contestant("I/O only", io, "streamq"),
+    ]
+
+
+def summed(scheme: str) -> list[Contestant]:
+    """Ours with checksums and without, with and without a sync of the files."""
+    ours = _ours(scheme)
+    bare = [sys.executable, str(HERE / "no_sums.py"), *ours[1:]]
+    return [
+        Contestant("no checksums --no-sync", [*bare, "--no-sync"], ""),
+        Contestant("no checksums", bare, ""),
+        Contestant("streamq --no-sync", [*ours, "--no-sync"], "no checksums --no-sync"),
+        Contestant("streamq", ours, "no checksums"),
     ]
 
 
@@ -197,6 +210,7 @@ def main() -> None:
     parser.add_argument("-s", "--scheme", action="append")
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--checksums", action="store_true")
     parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="NAME")
     o = parser.parse_args()
     if o.kernels:
@@ -212,10 +226,11 @@ def main() -> None:
                 for row in race(c, s, o.rounds, rivals(s, peers))]  # fmt: skip
         show(rows, "peers")
         return
+    field = summed if o.checksums else contestants
     rows = [row for c in names if c != "K" for s in schemes
-            for row in race(c, s, o.rounds, contestants(s))]  # fmt: skip
-    show(rows, "conversions")
-    if "K" in names:
+            for row in race(c, s, o.rounds, field(s))]  # fmt: skip
+    show(rows, "checksums" if o.checksums else "conversions")
+    if "K" in names and not o.checksums:
         show([row for s in schemes for row in many_against_few(s, o.rounds)], "many-tensors")
 
 

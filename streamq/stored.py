@@ -126,10 +126,11 @@ def find_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
     for module, tensors in weights_of(found):
         s = stored_of(checkpoint, found, module, tensors)
         stored[s.name] = s
+    narrow = {tag for tag, dtype in DTYPES.items() if dtype.bits <= 8 and tag != "BOOL"}
     for t in checkpoint.tensors.values():
-        if t.name in stored or len(t.shape) != 2 or not t.name.endswith(".weight"):
+        if t.dtype not in narrow or t.name in stored:
             continue
-        if DTYPES[t.dtype].bits <= 8 and t.dtype != "BOOL":
+        if len(t.shape) == 2 and t.name.endswith(".weight"):
             raise CheckpointError(
                 f"{t.name!r} in {t.file} is {t.dtype} and has no {found.format.scale_suffix}: "
                 "its values are not known."

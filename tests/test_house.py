@@ -15,7 +15,7 @@ PACKAGES = {"streamq": ROOT / "streamq", "streamq.kernels": ROOT / "kernels"}
 # Imports go down only; rooms on one floor do not see each other.
 FLOORS = [
     {"errors"},
-    {"tensors"},
+    {"crew", "tensors"},
     {"schemes", "trust"},
     {"checkpoint", "writer", "families", "kernels"},
     {"formats", "nz", "pipeline", "quality", "recipe", "views"},

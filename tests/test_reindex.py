@@ -554,6 +554,14 @@ def test_modules_with_a_scheme_of_their_own_keep_it(tmp_path):
     assert "5 modules another scheme" in plan.warnings[0]
 
 
+def test_patterns_that_cannot_be_read_are_said(tmp_path):
+    config = {**LLAMA, "quantization_config": {"quant_method": "hqq"}}
+    src = write_checkpoint(tmp_path / "src", llama(), config)
+    assert run(src, tmp_path / "same").warnings == []
+    plan = run(src, tmp_path / "dst", rename=((r"^model\.", "language_model."),))
+    assert "was not checked" in plan.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [(((r"layers\.\d", "layers.0"),), "would both be"), ((("^.*$", ""),), "leaves nothing"),

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from streamq.errors import CheckpointError
 
 #: Largest JSON file, in bytes, and how deep it may be nested. The largest index of a published
@@ -65,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name}: has more than {MAX_JSON} bytes; this is no such file.")
     refuse_many(raw, path.name)
     try:
-        value = json.loads(raw)
+        value = _parsed(raw)
         if not isinstance(value, dict):
             raise CheckpointError(f"{path.name}: must hold a JSON object.")
         strings = _strings_in(value, path.name)
@@ -75,6 +77,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path.name}: is not valid JSON ({e}).") from None
     return value
+
+
+def _parsed(raw: bytes) -> Any:
+    """What json makes of it, which also names the faults; msgspec takes a quarter of the time."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return json.loads(raw)
 
 
 def _strings_in(value: dict[str, Any], name: str) -> int:

@@ -250,7 +250,8 @@ def _open(
 
 
 def _compare_with_index(checkpoint: Checkpoint, index: dict[str, str]) -> None:
-    if {name: t.file for name, t in checkpoint.tensors.items()} == index:
+    files = [t.file for t in checkpoint.tensors.values()]
+    if list(map(index.get, checkpoint.tensors)) == files and len(index) == len(files):
         return
     for name, file in index.items():
         t = checkpoint.tensors.get(name)

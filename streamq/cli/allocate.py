@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from .group import cli
-from .options import options_of, scheme_options, settings_of, size
+from .options import options_of, scheme_options, settings_of, size, together
 
-
-def target_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that choose schemes by size."""
-    for option in reversed([
-        click.option("--target-size", callback=size, metavar="SIZE",
-                     help="Choose the schemes of least error for shards of this size together."),
-        click.option("--target-bits", type=click.FloatRange(1, 16), metavar="X",
-                     help="Choose them for so many bits a quantized weight, scales included."),
-        click.option("--candidates", metavar="NAME[:GROUP],...",
-                     help="What targets choose from (default: w3a16 to w8a16, groups of 32 to "
-                          "128)."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+#: The options that choose schemes by size.
+target_options = together(
+    click.option("--target-size", callback=size, metavar="SIZE",
+                 help="Choose the schemes of least error for shards of this size together."),
+    click.option("--target-bits", type=click.FloatRange(1, 16), metavar="X",
+                 help="Choose them for so many bits a quantized weight, scales included."),
+    click.option("--candidates", metavar="NAME[:GROUP],...",
+                 help="What targets choose from (default: w3a16 to w8a16, groups of 32 to "
+                      "128)."),
+)  # fmt: skip
 
 
 def is_allocated(o: dict[str, Any]) -> bool:

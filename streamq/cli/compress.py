@@ -13,7 +13,14 @@ import click
 from streamq.errors import VerifyError
 
 from .group import cli
-from .options import size
+from .options import (
+    dry_run_option,
+    json_option,
+    machine_options,
+    output_options,
+    quiet_option,
+    together,
+)
 
 if TYPE_CHECKING:
     from streamq.compressing import Layer, Plan, Summary
@@ -22,22 +29,8 @@ if TYPE_CHECKING:
 LINES = 400
 
 
-def _running(command: Callable[..., None]) -> Callable[..., None]:
-    """How the work is done; no byte depends on it."""
-    for option in reversed([
-        click.option("--workers", "-j", type=click.IntRange(1, 256), metavar="N",
-                     help="Threads (default: the processors)."),
-        click.option("--max-memory", callback=size, default="512MiB", show_default=True,
-                     metavar="SIZE", help="Buffers of all workers together."),
-        click.option("--overwrite", is_flag=True,
-                     help="Replace DST, once the new one is complete."),
-        click.option("--no-sync", is_flag=True,
-                     help="Do not wait for the disk before DST appears."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+#: How the work is done; no byte depends on it.
+_running = together(machine_options, output_options, json_option, quiet_option)
 
 
 @cli.command()
@@ -67,8 +60,8 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
     metavar="N",
     help="Fuse and cut the weights for N tensor-parallel ranks first (llama, qwen).",
 )
+@dry_run_option
 @_running
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def compress(src: str, dst: str | None, **o: Any) -> None:
     """Compress the weights of the checkpoint SRC into the new directory DST.
 

@@ -11,7 +11,15 @@ import click
 
 from .allocate import allocated, is_allocated, refuse_beside_target, target_options
 from .group import cli
-from .options import device_options, options_of, scheme_options, settings_of
+from .options import (
+    device_options,
+    dry_run_option,
+    options_of,
+    quiet_option,
+    resumed_options,
+    scheme_options,
+    settings_of,
+)
 from .report import of_conversion, report_option
 
 
@@ -115,16 +123,11 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 @target_options
 @device_options
 @_to
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `streamq plan` does.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
-@click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
-@click.option(
-    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
-)
-@click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
+@dry_run_option
+@resumed_options
 @click.option("--stats", is_flag=True, help="Measure what the weights lose (SQNR) on the way.")
 @report_option
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@quiet_option
 def convert(src: str, dst: str | None, **o: Any) -> None:
     """Quantize the checkpoint SRC into the new directory DST.
 

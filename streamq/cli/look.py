@@ -10,12 +10,12 @@ from streamq.errors import VerifyError
 
 from .compress import inspect_compressed, verify_compressed
 from .group import cli
-from .options import ranks
+from .options import json_option, ranks
 from .report import check_page, report_option, verified
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def formats(as_json: bool) -> None:
     """List the formats, who loads them, and the schemes they hold."""
     from streamq import show
@@ -28,7 +28,7 @@ def formats(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def inspect(src: str, as_json: bool) -> None:
     """Show what the checkpoint SRC is: tensors, dtypes, sizes, fused groups, oddities."""
     from streamq import show
@@ -55,7 +55,7 @@ def inspect(src: str, as_json: bool) -> None:
     help="Warn of blocks and groups that so many tensor-parallel ranks would cut.",
 )
 @report_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print failures only.")
 def verify(
     dst: str, source: str | None, recipe: str | None, check_tp: tuple[int, ...], page: str | None,

@@ -46,67 +46,99 @@ def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return tuple(int(part) for part in parts)
 
 
-def scheme_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What decides the bytes of the output: the same options for plan and convert."""
-    for option in reversed([
-        click.option("--scheme", "-s", metavar="NAME",
-                     help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
-                          "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
-        click.option("--recipe", type=click.Path(), metavar="FILE",
-                     help="Rules that give modules their schemes, in TOML or YAML "
-                          "(docs/recipes.md); --scheme is then for the rest."),
-        click.option("--format", "-f", "format_", metavar="NAME",
-                     help="What loaders it is for; `streamq formats` lists them "
-                          "(default: compressed-tensors)."),
-        click.option("--gpt-fast-names", is_flag=True, default=None,
-                     help="Names of gpt-fast, with q, k and v in one, for the format gpt-fast."),
-        click.option("--scale-fmt", type=click.Choice(["ue8m0"]),
-                     help="Scales that are powers of two, for the format fp8."),
-        click.option("--group-size", type=int, metavar="N",
-                     help="Columns that share a scale, for integer group schemes (default 128; "
-                          "-1: whole rows)."),
-        click.option("--group-dim", type=click.IntRange(0, 1), metavar="0|1",
-                     help="Axis that groups run along, for the format group (default 1)."),
-        click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
-                     show_default=True,
-                     help="From the largest magnitude, or searched for the least error."),
-        click.option("--requantize", is_flag=True,
-                     help="Also convert weights that are quantized to another scheme already."),
-        click.option("--ignore", multiple=True, metavar="PATTERN",
-                     help="Leave these modules as they are; a glob, or re:REGEX. Repeatable."),
-        click.option("--only", multiple=True, metavar="PATTERN",
-                     help="Quantize only these modules; a glob, or re:REGEX. Repeatable."),
-        click.option("--check-tp", callback=ranks, metavar="N,N,...",
-                     help="Warn of blocks and groups that so many tensor-parallel ranks would "
-                          "cut, such as 2,4,8."),
-        click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
-                     show_default=True,
-                     help="Arithmetic in f32, or in the weight's dtype as llm-compressor does."),
-        click.option("--input-scale", type=float, default=1.0, show_default=True, metavar="X",
-                     help="The constant input_global_scale of NVFP4 (2688 / largest activation)."),
-        click.option("--shard-size", callback=size, metavar="SIZE",
-                     help="Largest output shard (default: as many shards as the source)."),
-        click.option("--workers", "-j", type=click.IntRange(1, 256), metavar="N",
-                     help="Threads (default: the processors)."),
-        click.option("--max-memory", callback=size, default="512MiB", show_default=True,
-                     metavar="SIZE", help="Buffers of all workers together."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+#: Adds options to a command.
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-def device_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a conversion runs on; no byte of the output depends on it."""
-    for option in reversed([
-        click.option("--device", callback=device, default="cpu", show_default=True, metavar="NAME",
-                     help="What quantizes: cpu, cuda, cuda:0,cuda:1 and so on, npu likewise, or "
-                          "auto for what is faster, CPU or GPU (docs/gpu.md)."),
-        click.option("--device-memory", callback=size, metavar="SIZE",
-                     help="Memory to use on each device (default: 3/4 of what is free)."),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
+def together(*options: Decorator) -> Decorator:
+    """One decorator for several, which --help lists in this order."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+
+#: What work is done with; no byte of an output depends on it.
+machine_options = together(
+    click.option("--workers", "-j", type=click.IntRange(1, 256), metavar="N",
+                 help="Threads (default: the processors)."),
+    click.option("--max-memory", callback=size, default="512MiB", show_default=True,
+                 metavar="SIZE", help="Buffers of all workers together."),
+)  # fmt: skip
+
+#: How DST comes to be.
+output_options = together(
+    click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete."),
+    click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears."),
+)
+
+#: The same where an interrupted run goes on.
+resumed_options = together(
+    output_options,
+    click.option("--restart", is_flag=True,
+                 help="Discard what an interrupted run left in DST.partial."),
+    click.option("--sha256", is_flag=True,
+                 help="Note that of every file in streamq.json as well."),
+)  # fmt: skip
+
+#: What decides the bytes of an output: the same options for plan and convert.
+scheme_options = together(
+    click.option("--scheme", "-s", metavar="NAME",
+                 help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
+                      "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
+    click.option("--recipe", type=click.Path(), metavar="FILE",
+                 help="Rules that give modules their schemes, in TOML or YAML "
+                      "(docs/recipes.md); --scheme is then for the rest."),
+    click.option("--format", "-f", "format_", metavar="NAME",
+                 help="What loaders it is for; `streamq formats` lists them "
+                      "(default: compressed-tensors)."),
+    click.option("--gpt-fast-names", is_flag=True, default=None,
+                 help="Names of gpt-fast, with q, k and v in one, for the format gpt-fast."),
+    click.option("--scale-fmt", type=click.Choice(["ue8m0"]),
+                 help="Scales that are powers of two, for the format fp8."),
+    click.option("--group-size", type=int, metavar="N",
+                 help="Columns that share a scale, for integer group schemes (default 128; "
+                      "-1: whole rows)."),
+    click.option("--group-dim", type=click.IntRange(0, 1), metavar="0|1",
+                 help="Axis that groups run along, for the format group (default 1)."),
+    click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
+                 show_default=True,
+                 help="From the largest magnitude, or searched for the least error."),
+    click.option("--requantize", is_flag=True,
+                 help="Also convert weights that are quantized to another scheme already."),
+    click.option("--ignore", multiple=True, metavar="PATTERN",
+                 help="Leave these modules as they are; a glob, or re:REGEX. Repeatable."),
+    click.option("--only", multiple=True, metavar="PATTERN",
+                 help="Quantize only these modules; a glob, or re:REGEX. Repeatable."),
+    click.option("--check-tp", callback=ranks, metavar="N,N,...",
+                 help="Warn of blocks and groups that so many tensor-parallel ranks would "
+                      "cut, such as 2,4,8."),
+    click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
+                 show_default=True,
+                 help="Arithmetic in f32, or in the weight's dtype as llm-compressor does."),
+    click.option("--input-scale", type=float, default=1.0, show_default=True, metavar="X",
+                 help="The constant input_global_scale of NVFP4 (2688 / largest activation)."),
+    click.option("--shard-size", callback=size, metavar="SIZE",
+                 help="Largest output shard (default: as many shards as the source)."),
+    machine_options,
+    json_option,
+)  # fmt: skip
+
+#: What a conversion runs on.
+device_options = together(
+    click.option("--device", callback=device, default="cpu", show_default=True, metavar="NAME",
+                 help="What quantizes: cpu, cuda, cuda:0,cuda:1 and so on, npu likewise, or "
+                      "auto for what is faster, CPU or GPU (docs/gpu.md)."),
+    click.option("--device-memory", callback=size, metavar="SIZE",
+                 help="Memory to use on each device (default: 3/4 of what is free)."),
+)  # fmt: skip
 
 
 #: Options that formats have of their own.
@@ -138,7 +170,9 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
 
     details = o.get("page") is not None
     return Settings(
-        o["workers"], o["max_memory"], not o.get("no_sync", False), o.get("overwrite", False),
-        o.get("stats", False) or details, details, progress, notify, o.get("restart", False),
-        o.get("sha256", False), o.get("device", "cpu"), o.get("device_memory"),
+        workers=o["workers"], max_memory=o["max_memory"], sync=not o.get("no_sync", False),
+        overwrite=o.get("overwrite", False), stats=o.get("stats", False) or details,
+        details=details, progress=progress, notify=notify, restart=o.get("restart", False),
+        sha256=o.get("sha256", False), device=o.get("device", "cpu"),
+        device_memory=o.get("device_memory"),
     )  # fmt: skip

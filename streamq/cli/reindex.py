@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .group import cli
-from .options import size
+from .options import (
+    dry_run_option,
+    json_option,
+    machine_options,
+    quiet_option,
+    resumed_options,
+    size,
+)
 
 if TYPE_CHECKING:
     from streamq.reindexing import Plan
@@ -50,30 +57,11 @@ def _renames(
     metavar="SIZE",
     help="Largest output shard (default: as many shards as the source).",
 )
-@click.option(
-    "--workers",
-    "-j",
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Threads (default: the processors).",
-)
-@click.option(
-    "--max-memory",
-    callback=size,
-    default="512MiB",
-    show_default=True,
-    metavar="SIZE",
-    help="Buffers of all workers together.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
-@click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
-@click.option(
-    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
-)
-@click.option("--sha256", is_flag=True, help="Note that of every file in streamq.json as well.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@machine_options
+@dry_run_option
+@resumed_options
+@json_option
+@quiet_option
 def reindex(src: str, dst: str | None, **o: Any) -> None:
     """Re-shard the checkpoint SRC into the new directory DST, without quantizing.
 

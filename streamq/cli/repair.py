@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .group import cli
-from .options import size
+from .options import dry_run_option, json_option, machine_options, quiet_option, resumed_options
 
 if TYPE_CHECKING:
     from streamq.repairing import Repair
@@ -23,29 +23,11 @@ _SHOWN = 5
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path(), required=False)
 @click.option("--recipe", type=click.Path(), help="That of SRC, if it declares groups or experts.")
-@click.option(
-    "--workers",
-    "-j",
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Threads (default: the processors).",
-)
-@click.option(
-    "--max-memory",
-    callback=size,
-    default="512MiB",
-    show_default=True,
-    metavar="SIZE",
-    help="Buffers of all workers together.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is complete.")
-@click.option(
-    "--restart", is_flag=True, help="Discard what an interrupted run left in DST.partial."
-)
-@click.option("--no-sync", is_flag=True, help="Do not wait for the disk before DST appears.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@machine_options
+@dry_run_option
+@resumed_options
+@json_option
+@quiet_option
 def repair(src: str, dst: str | None, **o: Any) -> None:
     """Mend the checkpoint SRC into the new directory DST; SRC stays as it is.
 
@@ -78,7 +60,7 @@ def repair(src: str, dst: str | None, **o: Any) -> None:
                 reindex(
                     source, found.plan, dst or "", workers=o["workers"] or default_workers(),
                     max_memory=o["max_memory"], sync=not o["no_sync"], overwrite=o["overwrite"],
-                    restart=o["restart"], progress=advance, notify=say,
+                    restart=o["restart"], sha256=o["sha256"], progress=advance, notify=say,
                 )  # fmt: skip
     if o["as_json"]:
         click.echo(json.dumps({

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from streamq.errors import StreamqError
 
 from .group import cli
+from .options import json_option, quiet_option
 
 if TYPE_CHECKING:
     from streamq.checkpoint import Checkpoint
@@ -36,8 +37,8 @@ report_option = click.option(
 @click.option("--output", "-o", type=click.Path(), metavar="FILE",
               help="Where to write the page (default: the name of DST and .html, here; with "
                    "--json none).")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@json_option
+@quiet_option
 def report(
     dst: str, source: str, recipe: str | None, output: str | None, as_json: bool, quiet: bool
 ) -> None:

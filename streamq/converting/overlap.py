@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -41,12 +40,12 @@ class DeviceWorker(Worker):
         source: Checkpoint,
         kernels: ModuleType,
         memory: int,
-        stop: threading.Event,
+        heed: Callable[[], None],
         progress: Progress,
         fleet: Fleet,
         device: Device,
     ) -> None:
-        super().__init__(source, kernels, memory, stop, progress)
+        super().__init__(source, kernels, memory, heed, progress)
         self._fleet = fleet
         self._device = device
         self._lane = Lane(device, fleet.room(fleet.size), fleet.size)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streamq.checkpoint import Checkpoint
+from streamq.crew import Crew
 from streamq.planning import Plan
 from streamq.quality import Quality
 
 from .boxes import Shard, ShardSink, Tally
 from .jobs import AmaxPart, Job, jobs_of
 from .scheduler import Scheduler
-from .worker import Progress, Stopped, Worker
+from .worker import Progress, Worker
 
 if TYPE_CHECKING:
     from .fleet import Fleet
@@ -87,7 +88,6 @@ class Run:
         self._scheduler = Scheduler(jobs, len(self._shards))
         self._sinks: dict[int, ShardSink] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
 
     @property
     def measured(self) -> list[tuple[Quality | None, int]]:
@@ -99,32 +99,17 @@ class Run:
 
         What stays as it is gets copied while the kernels are loaded.
         """
-        # Closing a shard waits for the disk, so it has a thread of its own.
-        with ThreadPoolExecutor(1, "close") as closer, ThreadPoolExecutor(self._workers) as pool:
-            closing: list[Future[None]] = []
-
-            def start(kernels: ModuleType | None) -> list[Future[None]]:
-                threads = range(self._workers)
-                return [pool.submit(self._work, i, kernels, closer, closing) for i in threads]
-
-            closing += [closer.submit(self._close, shard) for shard in self._idle]
-            futures = start(None)
-            try:
+        try:
+            with Crew(self._workers, self._scheduler.stop) as crew:
+                self._crew = crew
+                for number in self._idle:
+                    crew.close(partial(self._close, number))
+                crew.start(partial(self._work, kernels=None))
                 kernels = load_kernels()
-                futures += start(kernels)
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                if not all(f.done() and f.exception() is None for f in futures):
-                    self._stop.set()
-                    self._scheduler.stop()
-                    wait(futures)
-            wait(closing)
-            try:
-                _raise_first(futures)
-                _raise_first(closing)
-            finally:
-                for sink in self._sinks.values():
-                    sink.shard.abandon()
+                crew.start(partial(self._work, kernels=kernels))
+        finally:
+            for sink in self._sinks.values():
+                sink.shard.abandon()
         return kernels
 
     def _left_of(self, jobs: list[Job]) -> list[Job]:
@@ -169,25 +154,19 @@ class Run:
             opened.abandon()
             raise
 
-    def _work(
-        self,
-        number: int,
-        kernels: ModuleType | None,
-        closer: ThreadPoolExecutor,
-        closing: list[Future[None]],
-    ) -> None:
+    def _work(self, number: int, kernels: ModuleType | None) -> None:
         """One thread, until no job is left; until no copy is left without ``kernels``."""
         worker = self._hire(number, kernels)
         try:
             while (job := self._scheduler.next(number, copies_only=kernels is None)) is not None:
                 released = job.run(worker, self._sink)
                 for shard in self._scheduler.done(job, released):
-                    closing.append(closer.submit(self._close, shard))
+                    self._crew.close(partial(self._close, shard))
         finally:
             worker.close()
 
     def _hire(self, number: int, kernels: ModuleType | None) -> Worker:
-        common = self._memory, self._stop, self._progress
+        common = self._memory, self._crew.heed, self._progress
         if self._fleet is None or kernels is None:
             return Worker(self._source, kernels, *common)
         from .overlap import DeviceWorker
@@ -203,13 +182,3 @@ class Run:
                 opened = destination.shard(shard.name, shard.header, shard.size)
                 self._sinks[number] = ShardSink(opened, tally)
             return self._sinks[number]
-
-
-def _raise_first(futures: list[Future[None]]) -> None:
-    """Raise what went wrong first; that others were stopped because of it says nothing."""
-    errors = [e for f in futures if f.done() and (e := f.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, Stopped):
-            raise error
-    if errors:
-        raise errors[0]

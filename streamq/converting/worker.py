@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -32,14 +31,11 @@ COPY = 16 << 20
 Progress = Callable[[int, str], None]
 
 
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted."""
-
-
 class Worker:
     """The buffers of one thread and what it does with them.
 
-    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy.
+    ``kernels``: a backend of ``streamq.kernels``; without one it can only copy. ``heed`` raises
+    once another thread has failed.
     """
 
     def __init__(
@@ -47,13 +43,13 @@ class Worker:
         source: Checkpoint,
         kernels: ModuleType | None,
         memory: int,
-        stop: threading.Event,
+        heed: Callable[[], None],
         progress: Progress,
     ) -> None:
         self._source = source
         self._kernels: Any = kernels
         self._arena = np.empty(memory, np.uint8)
-        self._stop = stop
+        self._heed = heed
         self._progress = progress
         self._held: list[tuple[str, int, Array]] = []
 
@@ -237,10 +233,6 @@ class Worker:
             n = min(COPY, nbytes - done)
             shard.copy_from(self._source.fd(file), start + done, offset + done, n)
             self._progress(n, name)
-
-    def _heed(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
 
     def _read(self, slab: Slab, into: Array | None = None) -> Array:
         """The values of a slab, as one row; in ``into`` if they are read as they are."""

@@ -69,19 +69,25 @@ class Family:
     def left_alone(self, scheme: Scheme) -> Callable[[str], str | None]:
         """A function from a module to the reason why it stays unquantized, or None.
 
-        Layers have their modules in common, so each answer is found once per collapsed name.
+        Layers have their modules in common, so each answer is found once per collapsed name, and
+        names are collapsed once for all leaves of a parent.
         """
         rows = [(row, test) for row, test in self._left_alone if applies(row, scheme)]
         mtp = next((row.reason for row, _ in rows if MTP_LAYERS in row.patterns), None)
-        known: dict[str, str | None] = {}
+        known: dict[str, dict[str, str | None]] = {}
+        leaves_of: dict[str, dict[str, str | None]] = {}
 
         def why(module: str) -> str | None:
             if mtp is not None and self._is_mtp(module):
                 return mtp
-            name = collapse(module)
-            if name not in known:
-                known[name] = next((row.reason for row, test in rows if test(name)), None)
-            return known[name]
+            parent, _, leaf = module.rpartition(".")
+            leaves = leaves_of.get(parent)
+            if leaves is None:
+                leaves = leaves_of[parent] = known.setdefault(collapse(parent), {})
+            if leaf not in leaves:
+                name = collapse(module)
+                leaves[leaf] = next((row.reason for row, test in rows if test(name)), None)
+            return leaves[leaf]
 
         return why
 

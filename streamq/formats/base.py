@@ -120,7 +120,10 @@ class Format:
         return self.layout(shape[0], prod(shape[1:]), dtype, scheme, input_scale)
 
     def note(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
-        """What ``__metadata__`` says of a weight under ``<format>:<its name>``, if anything."""
+        """What ``__metadata__`` says of a weight under ``<format>:<its name>``.
+
+        None for all that a format has in a scheme, or for none of them.
+        """
         return None
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:

@@ -89,8 +89,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     if fmt.mixes:  # loaders look for the experts of a stack by their own names
         ignored += [t.name.removesuffix(".weight") for t, _ in unquantized
                     if is_expert_stack(t.name, t.shape)]  # fmt: skip
-    modules = {scheme: list(dict.fromkeys(stacks.modules.get(m, m) for m in names))
-               for scheme, names in choice.modules.items()}  # fmt: skip
+    modules = choice.modules
+    if stacks.modules:
+        modules = {scheme: list(dict.fromkeys(stacks.modules.get(m, m) for m in names))
+                   for scheme, names in modules.items()}  # fmt: skip
     ignored = sorted(dict.fromkeys(stacks.modules.get(m, m) for m in ignored))
     config = fmt.config(modules, ignored, _without_quantization(source))
     said = quantization_of(source.config).get("kv_cache_scheme")

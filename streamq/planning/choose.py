@@ -71,14 +71,15 @@ def choose(
     # What the tensor before had: looking a scheme up costs more than all else here.
     last: tuple[Target, int] | None = None
     named: tuple[Scheme, list[str]] | None = None
+    recipe, heads = options.recipe, options.format.heads
     for i, t in enumerate(tensors):
         if t.name in whole:
             reason: str | None = whole[t.name]
-        elif options.recipe is None:
+        elif recipe is None:
             reason = way.why_not(t)
         else:
             way, reason = ways.of(t)
-        if reason == "output head" and options.format.heads:
+        if heads and reason == "output head":
             reason = None
         target: Target | None = way.floats
         s = stored.get(t.name)
@@ -175,15 +176,18 @@ def fuse(
     for i, t in enumerate(tensors):
         if i in choice.kept:
             continue
-        module = t.name.removesuffix(".weight")
-        if stack := stack_of(t.name):  # of one tensor, so they stay together
+        name = t.name
+        if stack := stack_of(name):  # of one tensor, so they stay together
             homes[i] = firsts.setdefault((stack, ""), i)
             continue
+        module = name.removesuffix(".weight")
         found = family.group_of(module)
         if found is None:
             continue
         parent, row = found
         home = homes[i] = firsts.setdefault((parent, row.members[0]), i)
+        if home == i:
+            continue
         first = tensors[home]
         if (first.name in stored) != (t.name in stored):
             names = (first.name, t.name) if first.name in stored else (t.name, first.name)

@@ -25,29 +25,30 @@ def rules(options: Options, family: Family, named: bool) -> Callable[[TensorInfo
     left_alone = None if named else family.left_alone(options.scheme)
     left_out = None if named or options.only else _left_out(family.config)
     unfit: dict[tuple[str, tuple[int, ...], Format | None], str | None] = {}
+    fmt, ignore, only = options.format, bool(options.ignore), bool(options.only)
 
-    def why_not(t: TensorInfo) -> str | None:
+    def why_not(t: TensorInfo) -> str | None:  # 70,000 times: 1 µs is 0.07 s
         name, dtype, shape, _, _ = t
-        if options.ignore and ignored(name):
+        if ignore and ignored(name):
             return "--ignore"
-        if _is_named_stack(t, options) and wanted(name):
+        if only and _is_named_stack(t, options) and wanted(name):
             return _unfit(t, options)
-        if len(shape) != 2 or not (name.endswith(".weight") or stack_of(name)):
+        module = name.removesuffix(".weight")
+        if len(shape) != 2 or (len(module) == len(name) and not stack_of(name)):
             error = None if options.scheme.is_float else undeclared(t, family)
-            why = left_alone(name.removesuffix(".weight")) if error and left_alone else None
+            why = left_alone(module) if error and left_alone else None
             if error and not why:
                 raise error
             return why or "not a 2-D weight"
-        if left_alone is not None and (why := left_alone(name.removesuffix(".weight"))):
+        if left_alone is not None and (why := left_alone(module)):
             return why
-        if options.only and not wanted(name):
+        if only and not wanted(name):
             return "not in --only"
-        fmt = options.format
         if fmt is not None and not fmt.takes(name, options.scheme):
             return "not an expert"
         if left_out is not None and not stack_of(name) and left_out(name):
             return "left out in the source; --only takes it"
-        kind = dtype, shape, fmt and fmt.of_module(name.removesuffix(".weight"))
+        kind = dtype, shape, fmt and fmt.of_module(module)
         if kind not in unfit:
             unfit[kind] = _unfit(t, options)
         return unfit[kind]

@@ -64,13 +64,14 @@ class _Table(NamedTuple):
     places: Array
     groups: list[tuple[Target | None, str]]
     layouts: list[Layout]
+    stacks: bool  # whether any is one weight of a stack
 
     def part(self, rows: Array | slice) -> _Table:
         """Some of the rows."""
         picked = np.arange(len(self.tensors))[rows].tolist()
         tensors = [self.tensors[i] for i in picked]
         columns = (self.homes[rows], self.group[rows], self.kind[rows], self.places[rows])
-        return _Table(tensors, *columns, self.groups, self.layouts)
+        return _Table(tensors, *columns, self.groups, self.layouts, self.stacks)
 
 
 def place(rows: Rows, files: list[str], options: Options) -> list[ShardPlan]:
@@ -101,8 +102,12 @@ def _table(rows: Rows, files: list[str], options: Options) -> _Table:
     places = np.array([[file_numbers[t.file] for t in rows.tensors],
                        [t.start for t in rows.tensors]]).T  # fmt: skip
     homes = np.array(rows.homes)
-    table = _Table(rows.tensors, homes, np.array(group), np.array(kind), places, named, layouts)
-    return table.part(np.lexsort((_numbers(rows.tensors), homes)))
+    columns = homes, np.array(group), np.array(kind), places
+    stacks = "[#" in "\n".join([t.name for t in rows.tensors])
+    table = _Table(rows.tensors, *columns, named, layouts, stacks)
+    if stacks:
+        return table.part(np.lexsort((_numbers(rows.tensors), homes)))
+    return table.part(np.argsort(homes, kind="stable"))
 
 
 def _numbers(tensors: list[TensorInfo]) -> Array:
@@ -161,7 +166,9 @@ def _lay_out(name: str, table: _Table, stored: Mapping[str, Where]) -> ShardPlan
         sizes = regions[key].sizes
         starts[key] = at + np.cumsum(sizes) - sizes
         at += int(sizes.sum())
-    shown = [_stacked(regions[key], starts[key]) for key in order]
+    shown = [(regions[key], starts[key]) for key in order]
+    if table.stacks:
+        shown = [_stacked(*region) for region in shown]
     columns = ((*region[:4], begins, region.sizes) for region, begins in shown)
     header = build_header(columns, _notes(table.groups, parts, stored))
     base = len(header)
@@ -191,6 +198,8 @@ def _notes(
         if target is None:
             kept = [copied[t.name] for t in part.tensors if t.name in copied]
             said = [(s.format, s.name, s.shape, s.scheme) for s in kept]
+        elif target.format.note(part.tensors[0].shape, target.scheme) is None:
+            continue  # nor of another
         else:
             said = [(target.format, t.name, t.shape, target.scheme) for t in part.tensors]
         for fmt, name, shape, scheme in said:
@@ -218,7 +227,7 @@ def _weights(
 def _regions(weights: _Table) -> Iterator[_Region]:
     """One region per entry of the layouts, in the order of the entries."""
     names = [t.name.removesuffix("weight") for t in weights.tensors]
-    if _in_stacks(names):
+    if weights.stacks:
         names = [_IN_STACK.sub(r"\1", name) for name in names]
     modules = quoted(names)
     used, kind = np.unique(weights.kind, return_inverse=True)
@@ -230,15 +239,8 @@ def _regions(weights: _Table) -> Iterator[_Region]:
         yield _Region(names, head.dtype, shapes, kind.tolist(), sizes)
 
 
-def _in_stacks(names: list[str]) -> bool:
-    """Whether any is that of one weight of a stack; a look at all at once takes a tenth."""
-    return "[#" in "\n".join(names)
-
-
 def _stacked(region: _Region, starts: Array) -> tuple[_Region, Array]:
     """A region with the weights of each stack as the one tensor that a file has of them."""
-    if not _in_stacks(region.names):
-        return region, starts
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(region.names):
         rows.setdefault(_ELEMENT.sub("", name), []).append(i)

@@ -27,6 +27,8 @@ _HEADS = {"k_proj", "v_proj", "key", "value", "wk", "wv"}
 
 def check_tp(shards: list[ShardPlan], sizes: tuple[int, ...], heads: int | None) -> list[str]:
     """Warnings for weights of a plan that ``sizes`` ranks cannot share; see ``cuts_of``."""
+    if not sizes:
+        return []
     weights = [(t, w.scheme) for shard in shards for w in shard.weights for t in w.sources]
     return cuts_of(weights, sizes, heads)
 

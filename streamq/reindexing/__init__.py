@@ -12,7 +12,7 @@ from typing import Any
 
 from streamq.checkpoint import CONFIG, DESCRIPTION, Checkpoint, read_json
 from streamq.errors import CheckpointError, PlanError
-from streamq.formats import Ascend, format_of
+from streamq.formats import Ascend, format_of, quantization_of
 
 from .fusing import fuse
 from .modules import Modules, groups_of, homes_of, modules_of
@@ -151,15 +151,20 @@ def _refound(
     source: Checkpoint, files: dict[str, dict[str, object]], became: dict[str, list[str]],
     moved: dict[str, list[str]],
 ) -> str | None:  # fmt: skip
-    """A warning where patterns of config.json say something else of the new names."""
+    """A warning where patterns of config.json say something else of the new names, or may."""
     pairs = {old: [b for a in names for b in moved.get(a, [a])] for old, names in became.items()}
     pairs = {**moved, **pairs}
+    if not pairs or not quantization_of(source.config):
+        return None
     try:
         before, _ = format_of(source.config).rules(source.config)
         after, _ = format_of(config := files.get(CONFIG, source.config)).rules(config)
         odd = [b for a, names in pairs.items() for b in names if before(a) != after(b)]
-    except (CheckpointError, NotImplementedError):
-        return None
+    except (CheckpointError, NotImplementedError):  # of a format that streamq copies, not reads
+        return (
+            "streamq cannot read the quantization in config.json, so whether its patterns hold "
+            "for the new names was not checked"
+        )
     if not odd:
         return None
     return (

@@ -7,13 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamq.checkpoint import CONFIG, Checkpoint
+from streamq.crew import Crew
 from streamq.trust import VERSION, crc32, fingerprint, without_times
 from streamq.writer import Destination, ShardWriter, Unit, check_destination
 
@@ -31,10 +32,6 @@ COPY = 64 << 20
 STRIP, GATHER = 32 << 20, 1 << 20
 #: Lines are read with what is between them up to this many times their width.
 SPAN = 8
-
-
-class _Stopped(Exception):
-    """Another worker failed."""
 
 
 def reindex(
@@ -100,7 +97,6 @@ class _Run:
         self._writers: dict[int, ShardWriter] = {}
         self._homes: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
 
     def _left_of(self, shard: Shard) -> list[Task]:
         """What is to be done for a shard; an earlier run may have done some of it."""
@@ -113,25 +109,15 @@ class _Run:
 
     def run(self, workers: int) -> None:
         """Run to the end, or raise the first error after all threads have come home."""
-        # Closing a shard waits for the disk, so it has a thread of its own.
-        with ThreadPoolExecutor(1, "close") as closer, ThreadPoolExecutor(workers) as pool:
-            closing: list[Future[None]] = []
-            futures = [pool.submit(self._work, i, closer, closing) for i in range(workers)]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                if not all(f.done() and f.exception() is None for f in futures):
-                    self._stop.set()
-                    wait(futures)
-            try:
-                _raise_first(futures)
-                wait(closing)
-                _raise_first(closing)
-            finally:
-                for writer in self._writers.values():
-                    writer.abandon()
+        try:
+            with Crew(workers) as crew:
+                self._crew = crew
+                crew.start(self._work)
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
 
-    def _work(self, number: int, closer: ThreadPoolExecutor, closing: list[Future[None]]) -> None:
+    def _work(self, number: int) -> None:
         """One thread, until no task is left."""
         while (found := self._next(number)) is not None:
             shard, task = found
@@ -150,7 +136,7 @@ class _Run:
                 for offset, value in self._shards[shard].values:
                     unit.put_small(offset, value)
                 unit.done()
-                closing.append(closer.submit(self._close, writer))
+                self._crew.close(partial(self._close, writer))
 
     def _close(self, writer: ShardWriter) -> None:
         try:
@@ -162,7 +148,7 @@ class _Run:
     def _next(self, worker: int) -> tuple[int, Task | None] | None:
         """A task of the worker's shard, or of one that nobody is at, or of that with the most."""
         with self._lock:
-            if self._stop.is_set():
+            if self._crew.stop.is_set():
                 return None
             if self._empty:
                 return self._empty.popleft(), None
@@ -185,8 +171,7 @@ class _Run:
             return self._writers[number]
 
     def _do(self, task: Task, writer: Unit) -> None:
-        if self._stop.is_set():
-            raise _Stopped
+        self._crew.heed()
         if isinstance(task, Copy):
             writer.copy_from(self._source.fd(task.file), task.start, task.offset, task.nbytes)
             self._progress(task.nbytes, task.name)
@@ -201,8 +186,7 @@ class _Run:
         """Put lines together, as many at a time as a buffer holds."""
         height = max(1, min(GATHER, self._strip // SPAN) // g.width)
         for first in range(0, g.lines, height):
-            if self._stop.is_set():
-                raise _Stopped
+            self._crew.heed()
             lines = min(height, g.lines - first)
             buffer = np.empty((lines, g.width), np.uint8)
             for p in g.pieces:
@@ -226,8 +210,7 @@ class _Run:
     def _translate(self, t: Translate, writer: Unit) -> None:
         """Write bytes through a table, some at a time."""
         for done in range(0, t.nbytes, GATHER):
-            if self._stop.is_set():
-                raise _Stopped
+            self._crew.heed()
             piece = bytearray(min(GATHER, t.nbytes - done))
             self._source.pread(t.file, t.start + done, memoryview(piece))
             writer.put(t.offset + done, memoryview(piece.translate(t.table)))
@@ -238,8 +221,7 @@ class _Run:
         row = t.view.nbytes // t.view.rows
         height = max(1, self._strip // row)
         for first in range(0, t.view.rows, height):
-            if self._stop.is_set():
-                raise _Stopped
+            self._crew.heed()
             rows = t.view.read(self._source, first, min(height, t.view.rows - first))
             writer.put(t.offset + first * row, rows.reshape(-1).view(np.uint8).data)
             self._progress(rows.nbytes, t.name)
@@ -259,13 +241,3 @@ def _pieces(tasks: list[Task]) -> Iterator[Task]:
         for done in range(0, task.nbytes, COPY):
             n = min(COPY, task.nbytes - done)
             yield Copy(task.file, task.start + done, task.offset + done, n, task.name)
-
-
-def _raise_first(futures: list[Future[None]]) -> None:
-    """Raise what went wrong first; that others were stopped because of it says nothing."""
-    errors = [e for f in futures if f.done() and (e := f.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, _Stopped):
-            raise error
-    if errors:
-        raise errors[0]
