@@ -24,7 +24,7 @@ from helpers import write_checkpoint
 
 import streamq
 from streamq.cli import cli
-from streamq.cli.examples import EXAMPLES
+from streamq.cli.texts import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -172,10 +172,11 @@ def run(command, here):
     args = [WORDS.get(w, w) for w in command.words[1:]]
     if args[0] in ("convert", "compress", "decompress", "reindex", "repair"):
         shutil.rmtree(here / str(arguments(command)["dst"]), ignore_errors=True)
-    if not command.environment and args[0] != "kernels":
+    if not command.environment:
         done = CliRunner().invoke(cli, args, catch_exceptions=False)
         return done.exit_code, done.output
-    streamq_ = [sys.executable, "-m", "streamq.cli", *args]
-    environment = {**os.environ, **command.environment}
-    done = subprocess.run(streamq_, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("streamq"), *args], capture_output=True, text=True,
+        env={**os.environ, **command.environment}, check=False,
+    )  # fmt: skip
     return done.returncode, done.stdout + done.stderr

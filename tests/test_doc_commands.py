@@ -41,6 +41,13 @@ NOT_RUN = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_ahead(monkeypatch):
+    """`streamq kernels` would take minutes; tests/test_edge.py has it compile some."""
+    monkeypatch.setattr("streamq.ahead.run", lambda case, folder, *how: None)
+    monkeypatch.setattr("streamq.ahead.compress", lambda folder: None)
+
+
 def succeeds(command, here):
     code, output = run(command, here)
     assert code == command.code, f"{command.key}\n{output}"

@@ -115,7 +115,7 @@ def run(site, *args, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
     child = subprocess.run(
         [sys.executable, "-c", LAUNCH, COUNTED, *map(str, args)], cwd=site.parent,
-        env=kept | {"PYTHONPATH": str(site), "HOME": "/nonexistent", **environment},
+        env=kept | {"PYTHONPATH": str(site), "HOME": "/proc/none", **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout + child.stderr

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -11,7 +12,8 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from streamq.cli import cli
-from streamq.cli.examples import EXAMPLES
+from streamq.cli.group import SECTIONS
+from streamq.cli.texts import EXAMPLES, SHORT
 from streamq.formats import FORMATS
 from streamq.schemes import SCHEMES
 
@@ -29,8 +31,8 @@ def test_every_option_has_a_sentence_and_its_default(name):
     for option in command.params:
         if not isinstance(option, click.Option):
             continue
-        assert re.fullmatch(r"[A-Z\[\"].*[.)]", option.help, re.DOTALL), option.name
-        if option.default not in (None, False, ()) and not callable(option.default):
+        assert re.search(r"[.)]$", option.help), option.name
+        if type(option.default) in (str, int, float):
             assert f"default: {option.default}" in text, option.name
 
 
@@ -40,6 +42,19 @@ def test_examples_end_the_help(name):
     tail = text.split("Examples:\n")[1]
     assert tail.split() == EXAMPLES[name].split()
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_commands_are_listed_with_a_line_each():
+    lines = [" ".join(line.split()) for line in shown().splitlines()]
+    for name in cli.commands:
+        assert f"{name} {SHORT[name]}" in lines
+
+
+def test_options_are_in_sections():
+    text = shown("convert")
+    heads = ["Options:", *(f"{head}:" for head in SECTIONS), "Examples:"]
+    assert re.findall(r"^\s*([A-Z][a-z ]+:)$", text, re.MULTILINE) == heads
+    assert text.index("--scheme") < text.index("Machine:") < text.index("--workers")
 
 
 def test_exit_codes_and_environment_are_in_the_help():
@@ -87,7 +102,7 @@ def test_all_schemes_and_formats_are_offered():
 
 @pytest.mark.parametrize(
     ("line", "kind"),
-    [("convert S", "file"), ("inspect S", "file"), ("convert SRC D", "dir"), ("verify D", "dir"),
+    [("convert S", "file"), ("inspect S", "file"), ("convert SRC D", "dir"), ("verify D", "file"),
      ("compress SRC D", "dir"), ("reindex SRC D", "dir"), ("verify D --source S", "file")],
 )  # fmt: skip
 def test_paths_are_left_to_the_shell(line, kind):
@@ -113,7 +128,7 @@ def test_a_shell_gets_it_without_numba():
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_have_a_script(shell):
     out = subprocess.run(
-        [sys.executable, "-m", "streamq.cli"], check=True, capture_output=True, text=True,
+        [Path(sys.executable).with_name("streamq")], check=True, capture_output=True, text=True,
         env={**os.environ, "_STREAMQ_COMPLETE": f"{shell}_source"},
     ).stdout  # fmt: skip
     assert "_STREAMQ_COMPLETE" in out

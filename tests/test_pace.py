@@ -108,7 +108,7 @@ COMMANDS = {
     "convert -s nvfp4a16": (1.1, 2.01),
     "reindex": (1, 1.01),
     "reindex --fuse": (1, 1.01),
-    "compress": (1, 1.01),
+    "convert -s bf16": (1, 1.01),
 }
 
 

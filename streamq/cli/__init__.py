@@ -9,11 +9,14 @@ from typing import NoReturn
 
 from . import allocate, compress, convert, kernels, look, reindex, repair, report
 from .group import cli
+from .texts import add_to
 
 __all__ = [
     "allocate", "cli", "compress", "convert", "kernels", "look", "main", "reindex", "repair",
     "report",
 ]  # fmt: skip
+
+add_to(cli)
 
 
 def main() -> NoReturn:
@@ -36,7 +39,3 @@ def main() -> NoReturn:
         except OSError:  # nowhere left to say so
             code = code or 1
     os._exit(code if isinstance(code, int) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,7 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    dst_argument,
     options_of,
     quiet_option,
     resumed_options,
@@ -85,7 +86,7 @@ _to = click.option(
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @scheme_options
 @target_options
 @device_options
@@ -118,7 +119,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @scheme_options
 @target_options
 @device_options

@@ -15,8 +15,36 @@ INTERRUPTED = 130
 _LONGEST = 2000
 
 
+#: Options by their names here, under the head that help puts them below, after all others.
+SECTIONS = {
+    "Machine": ("workers", "max_memory", "device", "device_memory", "limit_rate"),
+    "Output": ("dry_run", "overwrite", "no_sync", "restart", "sha256"),
+    "Messages": ("check_tp", "stats", "page", "as_json", "quiet"),
+}
+
+
+class _Command(click.Command):
+    """One whose help has sections, where it has many options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, by section."""
+        options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+        of = {name: head for head, names in SECTIONS.items() for name in names}
+        for head in ("Options", *SECTIONS):
+            rows = [
+                row for p in options
+                if (of.get(p.name or "", "Options") if len(options) > 9 else "Options") == head
+                and (row := p.get_help_record(ctx))
+            ]  # fmt: skip
+            if rows:
+                with formatter.section(head):
+                    formatter.write_dl(rows)
+
+
 class _Group(click.Group):
     """Turns expected failures into one sentence and an exit code."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; 1 for an error, 3 for a failed verification, 130 for Ctrl-C."""

@@ -9,21 +9,23 @@ from tempfile import TemporaryDirectory
 import click
 
 from .group import cli
+from .options import complete_folder, complete_format, complete_scheme, quiet_option
 
 
 @cli.command()
-@click.option("--scheme", "-s", multiple=True, metavar="NAME",
+@click.option("--scheme", "-s", multiple=True, metavar="NAME", shell_complete=complete_scheme,
               help="Only those of this scheme (default: all schemes). Repeatable.")  # fmt: skip
 @click.option("--format", "-f", "formats", multiple=True, metavar="NAME",
+              shell_complete=complete_format,
               help="Only those of this format (default: all formats). Repeatable.")  # fmt: skip
 @click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
               show_default=True, help="Those of convert --scales.")  # fmt: skip
 @click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
               show_default=True, help="Those of convert --numerics.")  # fmt: skip
-@click.option("--into", type=click.Path(), metavar="DIR",
+@click.option("--into", type=click.Path(), metavar="DIR", shell_complete=complete_folder,
               help="Put them there, to be shipped and used with NUMBA_CACHE_DIR=DIR (default: "
                    "where this installation looks for them).")  # fmt: skip
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@quiet_option
 def kernels(
     scheme: tuple[str, ...], formats: tuple[str, ...], scales: str, numerics: str,
     into: str | None, quiet: bool,

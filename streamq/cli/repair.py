@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .group import cli
-from .options import dry_run_option, json_option, machine_options, quiet_option, resumed_options
+from .options import (
+    dry_run_option,
+    dst_argument,
+    json_option,
+    machine_options,
+    quiet_option,
+    resumed_options,
+)
 
 if TYPE_CHECKING:
     from streamq.repairing import Repair
@@ -21,7 +28,7 @@ _SHOWN = 5
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @click.option("--recipe", type=click.Path(), help="That of SRC, if it declares groups or experts.")
 @machine_options
 @dry_run_option
@@ -61,6 +68,7 @@ def repair(src: str, dst: str | None, **o: Any) -> None:
                     source, found.plan, dst or "", workers=o["workers"] or default_workers(),
                     max_memory=o["max_memory"], sync=not o["no_sync"], overwrite=o["overwrite"],
                     restart=o["restart"], sha256=o["sha256"], progress=advance, notify=say,
+                    limit_rate=o["limit_rate"],
                 )  # fmt: skip
     if o["as_json"]:
         click.echo(json.dumps({

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from streamq.checkpoint import CONFIG, Checkpoint
 from streamq.errors import PlanError
+from streamq.pace import FREE, Pace
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.schemes import BYTES
@@ -49,7 +50,8 @@ class Settings:
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
-    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them.
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``limit_rate``: bytes of
+    shards a second that all threads together read and write.
     """
 
     workers: int | None = None
@@ -64,6 +66,7 @@ class Settings:
     sha256: bool = False
     device: str = "cpu"
     device_memory: int | None = None
+    limit_rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,8 @@ def convert_all(
     means = means_of(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
-    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256) for o in outputs]
+    source.pace = Pace(s.limit_rate)
+    targets = [Destination(o.dst, s.overwrite, s.sync, s.sha256, source.pace) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
     prints = fingerprint(source.root, source.files, source.others)
@@ -145,6 +149,7 @@ def convert_all(
                 )
         raise
     finally:
+        source.pace = FREE
         for target in targets:
             target.close()
         if means.fleet:
@@ -267,9 +272,8 @@ def _load_kernels(
 
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
     """
-    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
     say = settings.notify or (lambda line: None)
-    timer = threading.Timer(SLOW_START, lambda: say(text))
+    timer = threading.Timer(SLOW_START, lambda: say(_compiling()))
     timer.daemon = True
     timer.start()
     try:
@@ -286,3 +290,16 @@ def _load_kernels(
     finally:
         timer.cancel()
     return cpu
+
+
+def _compiling() -> str:
+    """Why the start takes so long."""
+    from streamq import kernels
+    from streamq.compiled import home
+
+    if home(Path(kernels.__path__[0], "cpu")) is None:
+        return (
+            "compiling the CPU kernels for this run alone, as nowhere can they be kept; set "
+            "NUMBA_CACHE_DIR to a directory that can be written"
+        )
+    return "compiling the CPU kernels for this machine, once; later runs load them from the cache"

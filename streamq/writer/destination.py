@@ -77,7 +77,7 @@ class Destination:
 
     def growing(self, name: str, room: int, known: int) -> GrowingShard:
         """Start a shard whose size is not known; see there."""
-        return GrowingShard(self.output, name, room, known, self.sync, self._pace)
+        return GrowingShard(self.output, name, room, known, self.sync)
 
     def finished(self, name: str, size: int, units: set[str]) -> set[str]:
         """Which units of a shard are there from an earlier run; all, if it is complete."""

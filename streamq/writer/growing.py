@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from streamq.errors import WriteError
-from streamq.pace import FREE, Pace
 
 from .disk import SyncPool, naming, write_all
 from .shard import SYNC_EVERY, TEMPORARY, allocate
@@ -22,11 +21,8 @@ class GrowingShard:
     one thread at a time. ``header``: as it is on the disk, once sealed.
     """
 
-    def __init__(
-        self, folder: Path, name: str, room: int, known: int, sync: SyncPool, pace: Pace = FREE
-    ) -> None:
+    def __init__(self, folder: Path, name: str, room: int, known: int, sync: SyncPool) -> None:
         self.name, self.size, self.header = name, known, b" " * room
-        self._pace = pace
         self._folder = folder
         self._temporary = folder / (name + TEMPORARY)
         self._sync = sync
@@ -40,7 +36,6 @@ class GrowingShard:
     def put(self, offset: int, data: Any) -> None:
         """Write a buffer at an absolute offset."""
         view = memoryview(data).cast("B")
-        self._pace.take(len(view))
         with naming(self.name):
             write_all(self._fd, view, offset)
             self._unsynced += len(view)

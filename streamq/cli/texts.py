@@ -1,10 +1,26 @@
-"""The examples at the end of each command's help; tests run them, SRC and the like standing for
-checkpoints.
+"""What help says of each command beside its docstring: a line for the list, examples at the end.
+
+Tests run the examples; SRC and the like stand for checkpoints there.
 """
 
 from __future__ import annotations
 
 import click
+
+SHORT = {
+    "allocate": "Print the recipe that a target size leads to.",
+    "compress": "Compress a checkpoint, to be stored or for the 310P.",
+    "convert": "Quantize a checkpoint.",
+    "decompress": "Undo what compress did.",
+    "formats": "List the formats, who loads them, their schemes.",
+    "inspect": "Show what a checkpoint is.",
+    "kernels": "Compile the CPU kernels ahead.",
+    "plan": "Show what a conversion would do.",
+    "reindex": "Re-shard, fuse, split, rename; without quantizing.",
+    "repair": "Mend what loaders would stumble over.",
+    "report": "Show what the weights lost, tensor by tensor.",
+    "verify": "Check a quantized checkpoint.",
+}
 
 EXAMPLES = {
     "allocate": """
@@ -34,8 +50,8 @@ EXAMPLES = {
         streamq inspect model.safetensors --json
     """,
     "kernels": """
-        streamq kernels -s w8a8
-        streamq kernels -s w8a8 -f compressed-tensors --into kernels
+        streamq kernels
+        streamq kernels -s w4a16 -s nvfp4a16 --into kernels
     """,
     "plan": """
         streamq plan SRC DST --scheme fp8_block
@@ -64,7 +80,8 @@ EXAMPLES = {
 
 
 def add_to(group: click.Group) -> None:
-    """Show them below the options of each command."""
-    for name, text in EXAMPLES.items():
-        lines = [line.strip() for line in text.strip().splitlines()]
-        group.commands[name].epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+    """Give the commands of a group what is said of them here."""
+    for name, command in group.commands.items():
+        lines = [line.strip() for line in EXAMPLES[name].strip().splitlines()]
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+        command.short_help = SHORT[name]
