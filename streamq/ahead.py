@@ -33,8 +33,10 @@ class Case(NamedTuple):
     dtype: str
 
 
-def cases(schemes: Sequence[str] = (), formats: Sequence[str] = ()) -> list[Case]:
-    """All conversions, or those of the schemes and to the formats that are named.
+def cases(
+    schemes: Sequence[str] = (), formats: Sequence[str] = (), dtypes: Sequence[str] = ()
+) -> list[Case]:
+    """All conversions, or those of the schemes, formats and dtypes that are named.
 
     Raises PlanError for a name that is not known, and for a scheme that no such format holds.
     """
@@ -45,7 +47,7 @@ def cases(schemes: Sequence[str] = (), formats: Sequence[str] = ()) -> list[Case
         for fmt in chosen
         for preset in fmt.presets
         if preset not in PLAIN and (preset in wanted or not wanted)
-        for dtype in DTYPES
+        for dtype in dtypes or DTYPES
     ]
     for name in wanted.keys() - {case.scheme for case in found}:
         chosen[0].concrete(wanted[name])  # says that it does not hold it

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite
@@ -133,9 +134,9 @@ class _Kept(Cache):
                 return
 
     def _name(self, sig: Any, codegen: Any) -> str:
-        """A name for signature, CPU, bytecode and what the function closes over."""
+        """A name for the function with what it closes over, its arguments, and the CPU."""
         code = self._py_func.__code__
-        key = repr(self._index_key(sig, codegen)).encode()
+        key = repr((_closed_over(self._py_func), sig, codegen.magic_tuple())).encode()
         return (
             f"{self._source.stem}.{code.co_name}-{code.co_firstlineno}."
             f"{sys.implementation.cache_tag}.{sha256(key).hexdigest()[:24]}{SUFFIX}"
@@ -149,6 +150,21 @@ class _Kept(Cache):
 
     def flush(self) -> None:
         """Nothing waits to be written."""
+
+
+def _closed_over(function: Callable[..., Any]) -> list[str]:
+    """Names and values of what a function closes over, and what functions among them do.
+
+    numba pickles all that, and with it where the sources lie.
+    """
+    found = []
+    for cell in function.__closure__ or ():
+        value = getattr(cell.cell_contents, "py_func", cell.cell_contents)
+        if isinstance(value, FunctionType):
+            found += [value.__qualname__, *_closed_over(value)]
+        else:
+            found.append(repr(value))
+    return found
 
 
 @cache

@@ -141,7 +141,6 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     from streamq.converting import check_outputs, convert_all, means_of
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
-    from streamq.report import check_target, write
 
     wanted = _wanted(dst, o)
     if dst is None and not o["to"] and not o["dry_run"]:
@@ -155,6 +154,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         return
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
     if o["page"]:
+        from streamq.report import check_target
+
         check_target(Path(o["page"]))
     for w in wanted:
         refuse_overlap(src, w.dst or "")
@@ -169,6 +170,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
             summaries = convert_all(source, outputs, settings_of(o, advance, say))
         if o["page"]:
+            from streamq.report import write
+
             found = of_conversion(source, src, outputs[0], summaries[0])
             write(Path(o["page"]), found)
     done = list(zip(outputs, summaries, strict=True))

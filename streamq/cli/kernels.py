@@ -18,6 +18,8 @@ from .options import complete_folder, complete_format, complete_scheme, quiet_op
 @click.option("--format", "-f", "formats", multiple=True, metavar="NAME",
               shell_complete=complete_format,
               help="Only those of this format (default: all formats). Repeatable.")  # fmt: skip
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "f16", "f32"]),
+              help="Only those of weights of this dtype (default: all). Repeatable.")  # fmt: skip
 @click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
               show_default=True, help="Those of convert --scales.")  # fmt: skip
 @click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
@@ -27,8 +29,8 @@ from .options import complete_folder, complete_format, complete_scheme, quiet_op
                    "where this installation looks for them).")  # fmt: skip
 @quiet_option
 def kernels(
-    scheme: tuple[str, ...], formats: tuple[str, ...], scales: str, numerics: str,
-    into: str | None, quiet: bool,
+    scheme: tuple[str, ...], formats: tuple[str, ...], dtypes: tuple[str, ...], scales: str,
+    numerics: str, into: str | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile the CPU kernels for this machine ahead, so that no conversion has to.
 
@@ -41,7 +43,7 @@ def kernels(
     from streamq.errors import WriteError
     from streamq.kernels import cpu
 
-    todo = ahead.cases(scheme, formats)
+    todo = ahead.cases(scheme, formats, dtypes)
     with only_in(Path(into, "streamq")) if into is not None else nullcontext():
         if into is not None and home(Path(cpu.__file__).parent) is None:
             raise WriteError(f"{into}: cannot be written to (read-only, or no permission).")
