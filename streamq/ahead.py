@@ -58,8 +58,8 @@ def run(case: Case, folder: Path, scales: str = "absmax", numerics: str = "f32")
     """One conversion with and without measuring, and its output back to floats, in ``folder``."""
     source = _model(folder, case.dtype, FORMATS[case.format].stacks)
     there, back = folder / "there", folder / "back"
-    for measured in ({"stats": True}, {"details": True, "stats": True}):
-        settings = Settings(workers=1, sync=False, overwrite=True, **measured)
+    for details in (False, True):
+        settings = Settings(workers=1, sync=False, overwrite=True, stats=True, details=details)
         api.convert(
             source, there, case.scheme, format=case.format, scales=scales, numerics=numerics,
             settings=settings,
@@ -82,6 +82,7 @@ def _model(folder: Path, dtype: str, stacked: bool) -> Path:
     if path.exists():
         return path
     experts = LAYER + "mlp.experts."
+    shapes: dict[str, tuple[int, ...]]
     shapes = {f"{LAYER}self_attn.{p}_proj.weight": (SIZE, SIZE) for p in "qkvo"}
     config = {"model_type": "qwen3_moe", "num_experts": 1}
     if stacked:

@@ -23,12 +23,16 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core.caching import Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 # The SLP vectorizer is off by default in numba: 10.3 against 6.3 GB/s on NVFP4 with it.
-numba.config.SLP_VECTORIZE = 1
+_CONFIG: Any = numba.config
+_CONFIG.SLP_VECTORIZE = 1
+
+# How numba's own caches turn what is compiled into bytes, and back.
+_DUMPS: Any = dumps
+_RESULT: Any = CompileResult
 
 #: How a kernel's file ends.
 SUFFIX = ".kernel"
@@ -36,7 +40,7 @@ _SUM = 32  # bytes of a sha256
 
 
 class Counts:
-    """Kernels of this process: ``compiled``, ``loaded`` from files, ``kept`` in files."""
+    """Kernels of this process: ``compiled`` or about to be, ``loaded`` from files, ``kept``."""
 
     compiled = loaded = kept = 0
 
@@ -79,8 +83,8 @@ def places(folder: Path) -> Iterator[Path]:
     if _only is not None:
         yield _only / folder.name
         return
-    if numba.config.CACHE_DIR:
-        yield Path(numba.config.CACHE_DIR, "streamq", folder.name)
+    if _CONFIG.CACHE_DIR:
+        yield Path(_CONFIG.CACHE_DIR, "streamq", folder.name)
     yield folder / "__pycache__"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(home):  # there may be no home
@@ -98,8 +102,11 @@ def _writable(folder: Path) -> bool:
     return os.access(there, os.W_OK | os.X_OK)
 
 
-class _Kept(Cache):
-    """The files of one function, a file for each of its signatures on each kind of CPU."""
+class _Kept:
+    """The files of one function, one for each of its signatures on each kind of CPU.
+
+    What numba asks of its own caches.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._py_func = function
@@ -113,27 +120,27 @@ class _Kept(Cache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """What was compiled for these arguments; None where there is nothing."""
         target_context.refresh()  # as numba's own caches do, before they ask for the CPU
-        name = self._name(sig, target_context.codegen())
+        name = self._file(sig, target_context.codegen())
         for place in places(self._source.parent):
             found = _read(place / name, _stamp(self._source.parent))
             if found is not None:
                 COUNTS.loaded += 1
-                return CompileResult._rebuild(target_context, *pickle.loads(found))
+                return _RESULT._rebuild(target_context, *pickle.loads(found))
+        COUNTS.compiled += 1
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what was compiled, where anything can be kept."""
-        COUNTS.compiled += 1
         if not self._source.is_file() or data.library.has_dynamic_globals:
             return
-        name, payload = self._name(sig, data.codegen), dumps(data._reduce())
+        name, payload = self._file(sig, data.codegen), _DUMPS(data._reduce())
         for place in places(self._source.parent):
             with suppress(OSError):
                 _write(place / name, _stamp(self._source.parent), payload)
                 COUNTS.kept += 1
                 return
 
-    def _name(self, sig: Any, codegen: Any) -> str:
+    def _file(self, sig: Any, codegen: Any) -> str:
         """A name for the function with what it closes over, its arguments, and the CPU."""
         code = self._py_func.__code__
         key = repr((_closed_over(self._py_func), sig, codegen.magic_tuple())).encode()
@@ -141,12 +148,6 @@ class _Kept(Cache):
             f"{self._source.stem}.{code.co_name}-{code.co_firstlineno}."
             f"{sys.implementation.cache_tag}.{sha256(key).hexdigest()[:24]}{SUFFIX}"
         )
-
-    def enable(self) -> None:
-        """It always is."""
-
-    def disable(self) -> None:
-        """It never is."""
 
     def flush(self) -> None:
         """Nothing waits to be written."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from streamq import compiled
+from streamq.converting import _tell_of_compiling
 
 SOURCE = """
 from streamq.compiled import jit
@@ -147,3 +148,16 @@ def test_what_cannot_be_kept_runs_all_the_same(kernels, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     assert kernels.run()[1] == 3
     assert [p for p in kernels.folder.rglob("*") if p.suffix not in (".py", ".pyc", "")] == []
+
+
+@pytest.mark.parametrize(
+    ("count", "place", "sentence"),
+    [(0, "x", ""), (1, "x", "for this machine, once"), (1, None, "for this run alone")],
+)
+def test_what_a_slow_start_is_explained_by(count, place, sentence, monkeypatch):
+    monkeypatch.setattr(compiled.COUNTS, "compiled", count)
+    monkeypatch.setattr(compiled, "home", lambda folder: place)
+    said = []
+    _tell_of_compiling(said.append)
+    assert len(said) == (sentence != "")
+    assert all(sentence in line for line in said)

@@ -51,6 +51,14 @@ def memory_limit(nbytes):
     yield None
 
 
+def evict(path):
+    """Out of the page cache, so that reading it counts for the cgroup that does."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
 #: checkpoint of bench/checkpoints.py: (limit of the cgroup, whether it is for the soak)
 SIZES = {"E": (192 * MB, False), "M": (256 * MB, True)}
 
@@ -61,6 +69,8 @@ def test_a_checkpoint_larger_than_the_memory(name, tmp_path, pytestconfig):
     if long and pytestconfig.getoption("--hypothesis-profile") != "soak":
         pytest.skip("4 GB: in make soak")
     source = make(name, tmp_path)
+    for path in source.iterdir():
+        evict(path)
     with memory_limit(limit) as procs:
         into = ["sh", "-c", 'echo 0 > "$0" && exec "$@"', procs] if procs else []
         child = subprocess.run(
@@ -162,3 +172,17 @@ def test_a_conversion_imports_little(tmp_path):
         [sys.executable, "-c", code, *args], check=True, capture_output=True, text=True
     ).stdout
     assert out == "[]\n"
+
+
+def test_kernels_for_any_cpu_give_the_same_numbers(pytestconfig, tmp_path):
+    """Compiled for what every CPU of the architecture has; the rest of the schemes in the soak."""
+    soak = pytestconfig.getoption("--hypothesis-profile") == "soak"
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         ROOT / "tests" / "test_kernels.py", "-k", "test_golden and " + ("cpu" if soak else
+         "cpu and (NVFP4A16 or W8A8)")],
+        env={**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "",
+             "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout

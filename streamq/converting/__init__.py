@@ -273,7 +273,7 @@ def _load_kernels(
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
     """
     say = settings.notify or (lambda line: None)
-    timer = threading.Timer(SLOW_START, lambda: say(_compiling()))
+    timer = threading.Timer(SLOW_START, lambda: _tell_of_compiling(say))
     timer.daemon = True
     timer.start()
     try:
@@ -292,14 +292,17 @@ def _load_kernels(
     return cpu
 
 
-def _compiling() -> str:
-    """Why the start takes so long."""
+def _tell_of_compiling(say: Callable[[str], None]) -> None:
+    """Say why the start takes so long, if that is why."""
     from streamq import kernels
-    from streamq.compiled import home
+    from streamq.compiled import COUNTS, home
 
+    if not COUNTS.compiled:
+        return
     if home(Path(kernels.__path__[0], "cpu")) is None:
-        return (
+        say(
             "compiling the CPU kernels for this run alone, as nowhere can they be kept; set "
             "NUMBA_CACHE_DIR to a directory that can be written"
         )
-    return "compiling the CPU kernels for this machine, once; later runs load them from the cache"
+        return
+    say("compiling the CPU kernels for this machine, once; later runs load them from the cache")
