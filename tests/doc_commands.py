@@ -139,10 +139,15 @@ def recipe(path):
     path.write_text('scheme = "w4a16"\n')
 
 
+def shipped(path):
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "recipes" / path.name, path)
+
+
 #: What is there before a command that speaks of it.
 NAMES = {
     "SRC": example, "QUANTIZED": quantized, "BAD": broken, "PACKED": packed,
-    "model.safetensors": single, "recipe.toml": recipe,
+    "model.safetensors": single, "recipe.toml": recipe, "recipes/edge.toml": shipped,
     "Qwen3-8B": example, "DeepSeek-V3": deepseek,
 }  # fmt: skip
 #: The same for one page, or for one command.
