@@ -88,7 +88,8 @@ _SETTINGS = {
 def cli() -> None:
     """Quantize checkpoints of any size without building the model.
 
-    `streamq COMMAND --help` has the options and examples of a command.
+    `streamq COMMAND --help` has the options and examples of a command. SIZE is a number with a
+    unit, such as 512MiB or 5GB; PATTERN is a glob, or re: and a regex.
 
     \b
     Exit codes: 0 done, 1 error, 2 wrong usage, 3 verification failed, 130 interrupted.

@@ -21,9 +21,9 @@ from .options import complete_folder, complete_format, complete_scheme, quiet_op
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "f16", "f32"]),
               help="Only those of weights of this dtype (default: all). Repeatable.")  # fmt: skip
 @click.option("--scales", type=click.Choice(["absmax", "search"]), default="absmax",
-              show_default=True, help="Those of convert --scales.")  # fmt: skip
+              show_default=True, help="Those that `convert --scales` asks for.")  # fmt: skip
 @click.option("--numerics", type=click.Choice(["f32", "weight"]), default="f32",
-              show_default=True, help="Those of convert --numerics.")  # fmt: skip
+              show_default=True, help="Those that `convert --numerics` asks for.")  # fmt: skip
 @click.option("--into", type=click.Path(), metavar="DIR", shell_complete=complete_folder,
               help="Put them there, to be shipped and used with NUMBA_CACHE_DIR=DIR (default: "
                    "where this installation looks for them).")  # fmt: skip

@@ -81,7 +81,7 @@ EXAMPLES = {
 
 def add_to(group: click.Group) -> None:
     """Give the commands of a group what is said of them here."""
-    for name, command in group.commands.items():
-        lines = [line.strip() for line in EXAMPLES[name].strip().splitlines()]
-        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-        command.short_help = SHORT[name]
+    for name, text in EXAMPLES.items():
+        lines = [f"  {line.strip()}" for line in text.strip().splitlines()]
+        group.commands[name].epilog = "\n".join(["\b", "Examples:", *lines])
+        group.commands[name].short_help = SHORT[name]
