@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -40,10 +41,19 @@ SUFFIX = ".kernel"
 _SUM = 32  # bytes of a sha256
 
 
+@dataclass
 class Counts:
     """Kernels of this process: ``compiled`` or about to be, ``loaded`` from files, ``kept``."""
 
-    compiled = loaded = kept = 0
+    compiled: int = 0
+    loaded: int = 0
+    kept: int = 0
+
+    def __sub__(self, before: Counts) -> Counts:
+        """What came since."""
+        return Counts(
+            self.compiled - before.compiled, self.loaded - before.loaded, self.kept - before.kept
+        )
 
 
 COUNTS = Counts()

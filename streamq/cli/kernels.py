@@ -37,13 +37,14 @@ def kernels(
     What is there already stays. docs/edge.md says how to ship the result, and to what.
     """
     from contextlib import nullcontext
+    from dataclasses import replace
 
     from streamq import ahead
     from streamq.compiled import COUNTS, home, only_in
     from streamq.errors import WriteError
     from streamq.kernels import cpu
 
-    todo = ahead.cases(scheme, formats, dtypes)
+    todo, before = ahead.cases(scheme, formats, dtypes), replace(COUNTS)
     with only_in(Path(into, "streamq")) if into is not None else nullcontext():
         if into is not None and home(Path(cpu.__file__).parent) is None:
             raise WriteError(f"{into}: cannot be written to (read-only, or no permission).")
@@ -55,13 +56,14 @@ def kernels(
                 ahead.run(case, Path(scratch), scales, numerics)
             if not scheme and not formats:
                 ahead.compress(Path(scratch))
-    lost = COUNTS.compiled - COUNTS.kept
-    if lost:
+    done = COUNTS - before
+    if done.kept < done.compiled:
+        lost = done.compiled - done.kept
         raise WriteError(
-            f"{lost} of {COUNTS.compiled} kernels could not be kept, as no place for them can be "
+            f"{lost} of {done.compiled} kernels could not be kept, as no place for them can be "
             "written; give one with --into."
         )
     if not quiet:
-        click.echo(f"{COUNTS.compiled} kernels compiled, {COUNTS.loaded} were there")
+        click.echo(f"{done.compiled} kernels compiled, {done.loaded} were there")
         if into is not None:
             click.echo(f"use them with NUMBA_CACHE_DIR={into}")
