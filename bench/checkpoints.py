@@ -79,6 +79,7 @@ def _mlp(parent: str, hidden: int, inter: int) -> Shapes:
 #: name: (what it is, its tensors, number of shards)
 CHECKPOINTS: dict[str, tuple[str, Callable[[], Shapes], int]] = {
     "XS": ("7 MB llama", lambda: llama(512, 1024, 1, 1024), 1),
+    "E": ("250 MB llama", lambda: llama(2048, 8192, 1, 16384), 1),
     "S": ("1 GB llama", lambda: llama(2048, 8192, 8, 16384), 2),
     "M": ("4 GB llama", lambda: llama(4096, 11008, 10, 32768), 4),
     "MoE": ("2 GB mixture of experts", lambda: moe(1536, 512, 6, 64, 16384), 2),

@@ -164,7 +164,7 @@ def reindex(
             source, make_plan(source, Options(fuse, split, shard_size, tuple(rename))), dst,
             workers=s.workers or default_workers(), max_memory=s.max_memory, sync=s.sync,
             overwrite=s.overwrite, restart=s.restart, sha256=s.sha256, progress=s.progress,
-            notify=s.notify,
+            notify=s.notify, limit_rate=s.limit_rate,
         )  # fmt: skip
 
 

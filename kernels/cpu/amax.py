@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
-from .bits import JIT, amax_bits, u64, widen
+from streamq.compiled import jit
+
+from .bits import amax_bits, u64, widen
 
 
-@nb.njit(**JIT)
+@jit
 def row_amax(x: Any, out: Any) -> None:
     """Bits of the f32 amax of each row of ``x [rows, cols]`` into ``out`` uint32 ``[rows]``."""
     for r in range(u64(x.shape[0])):

@@ -8,21 +8,13 @@ would keep LLVM from vectorizing the loop around it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba as nb
 import numpy as np
 from numba.extending import overload, register_jitable
 
-# The SLP vectorizer is off by default in numba: 10.3 against 6.3 GB/s on NVFP4 with it.
-nb.config.SLP_VECTORIZE = 1  # type: ignore[attr-defined]
-
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i16, i32 = np.int16, np.int32
 f32 = np.float32
-
-#: error_model="numpy": the python one checks every division for zero, which costs vectorization.
-JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 INF_BITS = u32(0x7F800000)
 ABS_MASK = u32(0x7FFFFFFF)

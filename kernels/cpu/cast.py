@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import ml_dtypes
-import numba as nb
 import numpy as np
 
-from .bits import ABS_MASK, INF_BITS, JIT, ROUND_BF16, f32, round_to, u16, u32, u64
+from streamq.compiled import jit
+
+from .bits import ABS_MASK, INF_BITS, ROUND_BF16, f32, round_to, u16, u32, u64
 
 Array = np.ndarray[Any, Any]
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@nb.njit(**JIT)
+@jit
 def _to_bf16(x: Any, out: Any) -> Any:
     largest = u32(0)
     for i in range(u64(x.size)):

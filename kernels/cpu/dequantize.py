@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
-from .bits import JIT, e4m3_value, f32, u8, u32, u64
+from streamq.compiled import jit
+
+from .bits import e4m3_value, f32, u8, u32, u64
 
 i8 = np.int8
 
@@ -41,7 +42,7 @@ def _value(code, element):
     return f32(i8(code))
 
 
-@nb.njit(**JIT)
+@jit
 def look_up(codes: Any, table: Any, out: Any) -> None:
     """``table`` f32 ``[256]`` at each of ``codes`` uint8 ``[n]``, into ``out`` f32 ``[n]``.
 
@@ -54,7 +55,7 @@ def look_up(codes: Any, table: Any, out: Any) -> None:
 def _values(element: int) -> Any:
     """The kernel of an element type, a literal so that no loop has a branch in it."""
 
-    @nb.njit(**JIT)
+    @jit
     def values(codes, scale, zero, br, bc, out):
         cols, width = u64(codes.shape[1]), u64(bc)
         for r in range(u64(codes.shape[0])):

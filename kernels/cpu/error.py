@@ -13,13 +13,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
+from streamq.compiled import jit
 from streamq.schemes import Quantized, Scheme
 
-from .bits import ABS_MASK, JIT, amax_bits, f32, i32, u8, u32, u64, value, widen
+from .bits import ABS_MASK, amax_bits, f32, i32, u8, u32, u64, value, widen
 
 Array = np.ndarray[Any, Any]
 
@@ -141,7 +141,7 @@ def sums(element: str, paired: bool, zeroed: bool, detailed: bool = False) -> An
         v = value_of(row_codes[at], paired and i % u64(2) == u64(1), flip)
         return abs(f32(value(row, i) * inverse) - (v - z) * scales[at])
 
-    @nb.njit(fastmath={"reassoc", "contract"}, **JIT)  # a SQNR is not a checkpoint byte
+    @jit(fastmath={"reassoc", "contract"})  # a SQNR is not a checkpoint byte
     def kernel(x, codes, flip, scale, zero, g, br, bc, out, reach, member, bins):
         step = u64(2 if paired else 1)
         n, width = u64(x.shape[1]) // step, u64(bc) // step
@@ -231,7 +231,7 @@ def of_values(
     _count(e, np.abs(w).max(axis=1, initial=0), member, bins)
 
 
-@nb.njit(**JIT)
+@jit
 def _count(errors: Any, tops: Any, member: Any, bins: Any) -> None:
     for r in range(errors.shape[0]):
         for i in range(r * 17 % SAMPLED, errors.shape[1], SAMPLED):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
+from streamq.compiled import jit
+
 from .bits import (
-    JIT,
     ROUND_F32,
     amax_bits,
     e4m3_code,
@@ -45,7 +45,7 @@ def _codes(x, start, stop, d, rounding, out):
             out[i] = u8(e4m3_code(f32(value(x, i) / d)))
 
 
-@nb.njit(**JIT)
+@jit
 def fp8_blocks(
     x: Any, br: int, bc: int, stored: int, quotient: int, substitute: Any, codes: Any, scale: Any
 ) -> Any:
@@ -83,7 +83,7 @@ def fp8_blocks(
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def fp8_rows(x: Any, scale: Any, quotient: int, codes: Any) -> Any:
     """Codes of ``x [rows, cols]`` under the given ``scale`` f32 ``[rows]``.
 

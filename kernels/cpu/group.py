@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 from streamq.kernels.reference.group import refuse_lost
 
+from streamq.compiled import jit
 from streamq.schemes import Packing, Quantized, Scheme
 
 from .bits import (
     INF_BITS,
-    JIT,
     amax_bits,
     f32,
     key,
@@ -123,7 +122,7 @@ def _inverse(top, span):
     return s if u32(f32(s).view(u32)) < INF_BITS else f32(1)
 
 
-@nb.njit(**JIT)
+@jit
 def _symmetric(x: Any, group: int, top: Any, codes: Any, scale: Any) -> Any:
     cols, width, largest = u64(x.shape[1]), u64(group), u32(0)
     for r in range(u64(x.shape[0])):
@@ -139,7 +138,7 @@ def _symmetric(x: Any, group: int, top: Any, codes: Any, scale: Any) -> Any:
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def _asymmetric(
     x: Any, group: int, top: Any, half: Any, codes: Any, scale: Any, bias: Any
 ) -> Any:  # fmt: skip
@@ -164,7 +163,7 @@ def _asymmetric(
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def _symmetric_lanes(x: Any, length: int, top: Any, codes: Any, scale: Any) -> Any:
     n, lanes, largest = u64(x.shape[1]), u64(x.shape[2]), u32(0)
     tops = np.empty(x.shape[2], x.dtype)
@@ -188,7 +187,7 @@ def _symmetric_lanes(x: Any, length: int, top: Any, codes: Any, scale: Any) -> A
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def _asymmetric_lanes(
     x: Any, length: int, top: Any, half: Any, codes: Any, scale: Any, bias: Any
 ) -> Any:  # fmt: skip
@@ -219,7 +218,7 @@ def _asymmetric_lanes(
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def _values(codes: Any, group: int, scale: Any, bias: Any, offset: Any, out: Any) -> None:
     """``offset`` is 0 where there is no bias, and the bias then anything."""
     cols, width = u64(codes.shape[1]), u64(group)
@@ -232,7 +231,7 @@ def _values(codes: Any, group: int, scale: Any, bias: Any, offset: Any, out: Any
                 row_out[i] = f32(v + low) if offset else v
 
 
-@nb.njit(**JIT)
+@jit
 def _values_of_lanes(
     codes: Any, length: int, scale: Any, bias: Any, offset: Any, out: Any
 ) -> None:  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
+from streamq.compiled import jit
+
 from .bits import (
     ABS_MASK,
-    JIT,
     ROUND_F32,
     amax_bits,
     f32,
@@ -62,7 +62,7 @@ def _pack_words(codes, bits, out):
             o += u64(1)
 
 
-@nb.njit(**JIT)
+@jit
 def int_symmetric(
     x: Any, group: int, levels: Any, lo: int, hi: int, stored: int, quotient: int, eps: Any,
     least: Any, packed_bits: int, codes: Any, scale: Any,
@@ -101,7 +101,7 @@ def int_symmetric(
     return largest
 
 
-@nb.njit(**JIT)
+@jit
 def int_asymmetric(
     x: Any, group: int, lo: int, hi: int, stored: int, step: int, eps: Any, zero_of_lost: int,
     packed_bits: int, codes: Any, scale: Any, zero_point: Any,

@@ -1,8 +1,6 @@
-"""Functions that are made for numbers known to the compiler, found by its cache on disk.
+"""Functions that are made for numbers known to the compiler.
 
-A kernel that closes over other compiled functions is never found there: numba's key for it holds an
-identifier that each process draws anew, so every one compiled it again, for two seconds, and left
-another file. One that closes over numbers alone, and calls what this makes, is found.
+A kernel that calls what this makes closes over numbers alone, which name the file that keeps it.
 """
 
 from __future__ import annotations

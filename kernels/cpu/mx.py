@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
+from streamq.compiled import jit
+
 from .bits import (
-    JIT,
     ROUND_F16,
     ROUND_F32,
     amax_bits,
@@ -37,7 +37,7 @@ def _field(bits, rounding):
     return u32(bits + u32(0x200000)) >> u32(23)
 
 
-@nb.njit(**JIT)
+@jit
 def mx(x: Any, bits: int, rounding: int, nibbles: bool, codes: Any, scale: Any) -> Any:
     """Quantize ``x [rows, cols]`` to ``bits`` = 4 (e2m1) or 8 (e4m3) in blocks of 32 columns.
 

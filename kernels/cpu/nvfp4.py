@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
+from streamq.compiled import jit
+
 from .bits import (
-    JIT,
     amax_bits,
     e2m1_code,
     e4m3_magnitude,
@@ -24,7 +24,7 @@ from .bits import (
 )  # fmt: skip
 
 
-@nb.njit(**JIT)
+@jit
 def nvfp4(x: Any, g: Any, rounding: int, nibbles: bool, codes: Any, scale: Any) -> Any:
     """Quantize ``x [rows, cols]`` in blocks of 16 columns.
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import numba as nb
 import numpy as np
 
+from streamq.compiled import jit
 from streamq.schemes import Packing
 
-from .bits import JIT, u8, u32, u64
+from .bits import u8, u32, u64
 
 Array = np.ndarray[Any, Any]
 
@@ -150,7 +150,7 @@ def _places(bits: int, order: Sequence[int] | None) -> Array:
 def _pack(width: int) -> Any:
     bits, mask = u64(width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def pack(codes, offset, out):
         cols = u64(codes.shape[1])
         eights = cols // u64(8)  # eight codes are whole bytes, `bits` of them
@@ -176,7 +176,7 @@ def _pack(width: int) -> Any:
 def _unpack(width: int) -> Any:
     bits, mask = u64(width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def unpack(packed, offset, out):
         cols = u64(out.shape[1])
         eights = cols // u64(8)
@@ -201,7 +201,7 @@ def _unpack(width: int) -> Any:
 def _pack_columns(width: int) -> Any:
     bits, per, mask = u64(width), u64(32 // width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def pack(codes, offset, places, out):
         cols, words = u64(out.shape[0]), u64(out.shape[1])
         tile = np.empty((TILE_WORDS, TILE_ROWS), np.uint32)
@@ -229,7 +229,7 @@ def _pack_columns(width: int) -> Any:
 def _unpack_columns(width: int) -> Any:
     bits, per, mask = u64(width), u64(32 // width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def unpack(packed, offset, places, out):
         cols, words = u64(packed.shape[0]), u64(packed.shape[1])
         tile = np.empty((TILE_WORDS, TILE_ROWS), np.uint32)
@@ -255,7 +255,7 @@ def _unpack_columns(width: int) -> Any:
 def _pack_rows_transposed(width: int) -> Any:
     bits, per, mask = u64(width), u64(32 // width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def pack(codes, offset, out):
         words, rows = u64(out.shape[0]), u64(out.shape[1])
         tile = np.empty((TILE_WORDS, TILE_ROWS), np.uint32)
@@ -283,7 +283,7 @@ def _pack_rows_transposed(width: int) -> Any:
 def _unpack_rows_transposed(width: int) -> Any:
     bits, per, mask = u64(width), u64(32 // width), u8((1 << width) - 1)
 
-    @nb.njit(**JIT)
+    @jit
     def unpack(packed, offset, out):
         words, rows = u64(packed.shape[0]), u64(packed.shape[1])
         tile = np.empty((TILE_WORDS, TILE_ROWS), np.uint32)

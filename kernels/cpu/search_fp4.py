@@ -10,12 +10,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba.extending import register_jitable
 
+from streamq.compiled import jit
+
 from .bits import (
-    JIT,
     ROUND_F16,
     e2m1_code,
     e4m3_magnitude,
@@ -49,7 +49,7 @@ def _e2m1_error(a, d, s, rounding):
     return f32(a - f32(f32(f32(v + power) - power) * s))
 
 
-@nb.njit(**JIT)
+@jit
 def _columns(x, first, blocks, width, a, b, out):
     """Magnitudes of ``x[first:]`` as f32 ``[width, blocks]``, a block in each column.
 
@@ -102,7 +102,7 @@ def _squared_errors(quotient: int) -> Any:
     return squared_errors
 
 
-@nb.njit(**JIT)
+@jit
 def _take_better(total, least, tried, best, blocks):
     for b in range(blocks):
         # Loads of their own: behind a condition they keep the loop scalar, 7 times as slow.
@@ -140,7 +140,7 @@ def _absmax_e4m3(top, g, rounding):
     return i32(0x20) if code == i32(0) else code  # 0.125
 
 
-@nb.njit(**JIT)
+@jit
 def _absmax_of_blocks(top, g, rounding, blocks, code, divisor, factor):
     for b in range(blocks):
         code[b] = _absmax_e4m3(top[b], g, rounding)
@@ -172,7 +172,7 @@ squared_errors, codes_of = of_literals(_squared_errors), of_literals(_codes)
 def kernel(quotient: int) -> Any:
     """The kernel of what x / scale is rounded to."""
 
-    @nb.njit(**JIT)
+    @jit
     def search(
         x: Any, width: int, g: Any, steps: Any, rounding: int, nibbles: bool,
         codes: Any, scale: Any,

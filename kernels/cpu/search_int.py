@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba as nb
 import numpy as np
 
+from streamq.compiled import jit
+
 from .bits import (
-    JIT,
     amax_bits,
     f32,
     key,
@@ -35,7 +35,7 @@ f64 = np.float64
 CHUNK = 2048
 
 
-@nb.njit(**JIT)
+@jit
 def _sum_groups(error, groups, width, a, b, total):
     """Squares of ``error``, groups of ``width`` one after the other, into ``total[:groups]``.
 
@@ -76,7 +76,7 @@ def _sum_groups(error, groups, width, a, b, total):
         total[g] = a[g]
 
 
-@nb.njit(**JIT)
+@jit
 def _take_better(total, least, tried, best, tried_zero, best_zero, groups):
     for g in range(groups):
         if total[g] < least[g]:  # never where it is NaN or both are infinite
@@ -152,7 +152,7 @@ scales, errors, codes_of = of_literals(_scales), of_literals(_errors), of_litera
 def kernel(quotient: int, stored: int, symmetric: bool) -> Any:
     """The kernel of what x / scale and the scale are rounded to, literals for LLVM."""
 
-    @nb.njit(**JIT)
+    @jit
     def search(
         x: Any, group: int, factors: Any, levels: Any, low: Any, high: Any, eps: Any,
         zero_of_lost: int, packed_bits: int, codes: Any, scale: Any, zero_point: Any,

@@ -133,7 +133,10 @@ class Pool:
         twice = 2 if is_hub(task.src) else 1  # half of them wait for it
         threads = s.workers or twice * default_workers()
         share = max(1, threads // at_once)
-        return replace(s, workers=share, max_memory=memory, spool=s.spool // at_once)
+        rate = s.limit_rate and max(1, s.limit_rate // at_once)
+        return replace(
+            s, workers=share, max_memory=memory, spool=s.spool // at_once, limit_rate=rate
+        )
 
     def _done(self, p: Planned, result: dict[str, Any], tries: int) -> None:
         record = None if is_hub(p.job.dst) else record_of(p.job, self._how.settings.upload)

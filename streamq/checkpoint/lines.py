@@ -11,11 +11,13 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from streamq.compiled import jit
+
 _T: Any = nb.types
 _pread = _T.ExternalFunction("pread", _T.int64(_T.int32, _T.uintp, _T.uint64, _T.int64))
 
 
-@nb.njit(nogil=True, cache=True)
+@jit
 def read_lines(fd: int, start: int, step: int, into: np.ndarray[Any, Any]) -> Any:
     """Fill the rows of ``into``, uint8 ``[lines, bytes]``, from ``start + i * step`` on.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from streamq.errors import CheckpointError, Stopped
 from streamq.hub import Repository, Stop
+from streamq.pace import Pace
 from streamq.trust import fingerprint, without_times
 
 from .blocks import Book, Kept, Part, joined
@@ -56,6 +57,15 @@ class HubFiles:
         self._lock = threading.Lock()
         self._mine = threading.local()  # ``held`` of the job of each thread
         self._around: OrderedDict[Span, Future[Array]] = OrderedDict()
+
+    @property
+    def pace(self) -> Pace:
+        """See ``Store``: of what comes over the network, and of shards in the cache."""
+        return self._local.pace
+
+    @pace.setter
+    def pace(self, pace: Pace) -> None:
+        self._local.pace = pace
 
     @property
     def received(self) -> int:
@@ -214,6 +224,7 @@ class HubFiles:
 
         def take(at: int, piece: bytes) -> None:
             view = memoryview(piece)
+            self.pace.take(len(view))
             held.put(request.file, at, view)
             for part in keep.values():
                 self._to_spool(part, at, view)

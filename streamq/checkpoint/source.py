@@ -9,6 +9,7 @@ from typing import Any
 
 from streamq.errors import CheckpointError
 from streamq.hub import Stop
+from streamq.pace import Pace
 from streamq.tensors import TensorInfo
 
 from .header import Header
@@ -64,6 +65,15 @@ class Checkpoint:
                         f"tensor {t.name!r} is in {file} and in {t.file}; "
                         "a checkpoint holds each tensor once."
                     )
+
+    @property
+    def pace(self) -> Pace:
+        """How fast shards are read."""
+        return self._store.pace
+
+    @pace.setter
+    def pace(self, pace: Pace) -> None:
+        self._store.pace = pace
 
     @property
     def remote(self) -> Remote | None:

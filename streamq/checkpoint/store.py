@@ -13,6 +13,7 @@ import numpy as np
 
 from streamq.errors import CheckpointError
 from streamq.hub import Stop
+from streamq.pace import FREE, Pace
 from streamq.trust import fingerprint
 
 from .files import Stamp, stamp_of
@@ -39,7 +40,9 @@ class Remote(NamedTuple):
 
 
 class Store(Protocol):
-    """The shards of a source; used by several threads at once."""
+    """The shards of a source; used by several threads at once. ``pace``: how fast they are read."""
+
+    pace: Pace
 
     @property
     def remote(self) -> Remote | None:
@@ -91,6 +94,7 @@ class LocalFiles:
     def __init__(self, paths: Mapping[str, Path], stamps: Mapping[str, Stamp | None]) -> None:
         self._paths = paths
         self._stamps = stamps
+        self.pace = FREE
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -111,6 +115,7 @@ class LocalFiles:
 
     def pread(self, file: str, start: int, into: memoryview) -> None:
         """See ``Store``. Raises CheckpointError where the file ends early or cannot be read."""
+        self.pace.take(len(into))
         done = 0
         while done < len(into):
             try:
@@ -127,6 +132,7 @@ class LocalFiles:
         """See ``Store``. Raises CheckpointError as ``pread`` does."""
         from .lines import read_lines  # numba takes 0.2 s, and few checkpoints need this
 
+        self.pace.take(into.nbytes)
         whole: int = read_lines(self.fd(file), start, step, into)
         for i in range(whole, len(into)):  # interrupted, or an error to tell of
             self.pread(file, start + i * step, into[i].data)
@@ -134,7 +140,12 @@ class LocalFiles:
     def reader(self, file: str) -> Reader:
         """See ``Store``."""
         fd = self.fd(file)
-        return lambda into, start: os.preadv(fd, [into], start)
+
+        def read(into: memoryview, start: int) -> int:
+            self.pace.take(len(into))
+            return os.preadv(fd, [into], start)
+
+        return read
 
     def expect(self, work: Iterable[Iterable[Span]]) -> None:
         """Nothing to do: the kernel reads ahead."""

@@ -7,13 +7,16 @@ import os
 import sys
 from typing import NoReturn
 
-from . import allocate, batch, compress, convert, look, reindex, repair, report
+from . import allocate, batch, compress, convert, kernels, look, reindex, repair, report
 from .group import cli
+from .texts import add_to
 
 __all__ = [
-    "allocate", "batch", "cli", "compress", "convert", "look", "main", "reindex", "repair",
-    "report",
+    "allocate", "batch", "cli", "compress", "convert", "kernels", "look", "main", "reindex",
+    "repair", "report",
 ]  # fmt: skip
+
+add_to(cli)
 
 
 def main() -> NoReturn:
@@ -36,7 +39,3 @@ def main() -> NoReturn:
         except OSError:  # nowhere left to say so
             code = code or 1
     os._exit(code if isinstance(code, int) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from streamq.errors import VerifyError
 from .group import cli
 from .options import (
     dry_run_option,
+    dst_argument,
     json_option,
     machine_options,
     open_source,
@@ -37,7 +38,7 @@ _running = together(machine_options, output_options, json_option, quiet_option)
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @click.option("--codec", type=click.Choice(["zstd", "ascend"]), default="zstd", show_default=True,
               help="zstd: anything, to be stored or moved. ascend: W8A8S to W8A8SC and W16A16S "
                    "to W16A16SC, which the engine of the 310P reads.")  # fmt: skip

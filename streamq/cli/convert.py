@@ -14,6 +14,7 @@ from .group import cli
 from .options import (
     device_options,
     dry_run_option,
+    dst_argument,
     engine_option,
     open_source,
     options_of,
@@ -89,7 +90,7 @@ _to = click.option(
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @scheme_options
 @target_options
 @device_options
@@ -129,7 +130,7 @@ def _plan(src: str, wanted: list[Wanted], o: dict[str, Any]) -> None:
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @scheme_options
 @target_options
 @device_options
@@ -157,7 +158,6 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     from streamq.engines import opened
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
-    from streamq.report import check_target, write
 
     wanted = _wanted(dst, o)
     if dst is None and not o["to"] and not o["dry_run"]:
@@ -171,6 +171,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         return
     say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
     if o["page"]:
+        from streamq.report import check_target
+
         check_target(Path(o["page"]))
     places = places_of(src, wanted, o)
     for w in wanted:
@@ -186,6 +188,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
         with progress(total, "converting", o["quiet"] or o["as_json"]) as advance:
             summaries = convert_all(source, outputs, settings_of(o, advance, say), engine)
         if o["page"]:
+            from streamq.report import write
+
             found = of_conversion(source, src, outputs[0], summaries[0])
             write(Path(o["page"]), found)
     done = list(zip(outputs, summaries, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +67,29 @@ def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return tuple(int(part) for part in parts)
 
 
+def complete_scheme(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell: names of schemes that go on from ``incomplete``, in its case."""
+    from streamq.schemes import ALIASES, OF_FORMATS, PLAIN, SCHEMES
+
+    names = sorted([*SCHEMES, *OF_FORMATS, *PLAIN, *ALIASES])
+    upper = incomplete.isupper()
+    return [n if upper else n.lower() for n in names if n.startswith(incomplete.upper())]
+
+
+def complete_format(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell: names of formats that begin so."""
+    from streamq.formats import FORMATS
+
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
+def complete_folder(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """For a shell, which knows its directories."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 #: Adds options to a command.
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -81,6 +105,9 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
+dst_argument = click.argument(
+    "dst", type=click.Path(), required=False, shell_complete=complete_folder
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -115,6 +142,8 @@ resumed_options = together(
                  help="Discard what an interrupted run left in DST.partial."),
     click.option("--sha256", is_flag=True,
                  help="Note that of every file in streamq.json as well."),
+    click.option("--limit-rate", callback=size, metavar="SIZE",
+                 help="Read and write at most so many bytes a second, together."),
 )  # fmt: skip
 
 #: What decides the bytes of an output beside its scheme and format.
@@ -151,13 +180,13 @@ detail_options = together(
 
 #: The same options for plan and convert.
 scheme_options = together(
-    click.option("--scheme", "-s", metavar="NAME",
+    click.option("--scheme", "-s", metavar="NAME", shell_complete=complete_scheme,
                  help="Preset, any case: nvfp4, nvfp4a16, fp8_dynamic, fp8_block, mxfp4, "
                       "mxfp8, w4a16, w4a16_asym, w8a8, ..."),
     click.option("--recipe", type=click.Path(), metavar="FILE",
                  help="Rules that give modules their schemes, in TOML or YAML "
                       "(docs/recipes.md); --scheme is then for the rest."),
-    click.option("--format", "-f", "format_", metavar="NAME",
+    click.option("--format", "-f", "format_", metavar="NAME", shell_complete=complete_format,
                  help="What loaders it is for; `streamq formats` lists them "
                       "(default: compressed-tensors)."),
     detail_options,
@@ -214,7 +243,7 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
         overwrite=o.get("overwrite", False), stats=o.get("stats", False) or details,
         details=details, progress=progress, notify=notify, restart=o.get("restart", False),
         sha256=o.get("sha256", False), device=o.get("device", "cpu"),
-        device_memory=o.get("device_memory"),
+        device_memory=o.get("device_memory"), limit_rate=o.get("limit_rate"),
     )  # fmt: skip
 
 

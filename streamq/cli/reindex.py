@@ -12,6 +12,7 @@ import click
 from .group import cli
 from .options import (
     dry_run_option,
+    dst_argument,
     json_option,
     machine_options,
     open_source,
@@ -37,7 +38,7 @@ def _renames(
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @click.option(
     "--fuse", is_flag=True, help="Concatenate q, k and v to qkv_proj, gate and up to gate_up_proj."
 )
@@ -102,6 +103,7 @@ def reindex(src: str, dst: str | None, **o: Any) -> None:
                 source, plan, dst or "", workers=workers, max_memory=o["max_memory"],
                 sync=not o["no_sync"], overwrite=o["overwrite"], restart=o["restart"],
                 sha256=o["sha256"], progress=advance, notify=say,
+                limit_rate=o["limit_rate"],
             )  # fmt: skip
     if o["as_json"]:
         said = _plan_json(plan, workers, free)

@@ -12,6 +12,7 @@ import click
 from .group import cli
 from .options import (
     dry_run_option,
+    dst_argument,
     json_option,
     machine_options,
     open_source,
@@ -29,7 +30,7 @@ _SHOWN = 5
 
 @cli.command()
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path(), required=False)
+@dst_argument
 @click.option("--recipe", type=click.Path(), help="That of SRC, if it declares groups or experts.")
 @machine_options
 @dry_run_option
@@ -70,6 +71,7 @@ def repair(src: str, dst: str | None, **o: Any) -> None:
                     source, found.plan, dst or "", workers=o["workers"] or default_workers(),
                     max_memory=o["max_memory"], sync=not o["no_sync"], overwrite=o["overwrite"],
                     restart=o["restart"], sha256=o["sha256"], progress=advance, notify=say,
+                    limit_rate=o["limit_rate"],
                 )  # fmt: skip
     if o["as_json"]:
         click.echo(json.dumps({

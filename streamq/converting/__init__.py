@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streamq.checkpoint import SPOOL, Checkpoint
 from streamq.hub import Committed
+from streamq.pace import FREE, Pace
 from streamq.planning import MAX_MEMORY, Plan
 from streamq.quality import Quality
 from streamq.writer import Destination, HubDestination, Upload, place_of
@@ -43,7 +44,8 @@ class Settings:
     with ``details`` all that a report shows of it. ``progress``: see ``Progress``. ``notify``: told
     sentences for people. ``restart``: discard what an interrupted run left. ``sha256``: note
     that of every file as well. ``device``: "cpu", "auto", "cuda", "npu", or several
-    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``spool``: bytes on disk, in
+    as in "cuda:0,cuda:1". ``device_memory``: bytes of each of them. ``limit_rate``: bytes of
+    shards a second that all threads together read and write. ``spool``: bytes on disk, in
     ``spool_dir``, of what a source on the Hub sent and is needed again. ``upload``: for outputs on
     the Hub.
     """
@@ -60,6 +62,7 @@ class Settings:
     sha256: bool = False
     device: str = "cpu"
     device_memory: int | None = None
+    limit_rate: int | None = None
     spool: int = SPOOL
     spool_dir: Path | None = None
     upload: Upload = field(default_factory=Upload)
@@ -118,7 +121,8 @@ def convert_all(
     means = engine.means(outputs, settings)
     check_outputs(outputs, settings.overwrite)
     s = settings
-    targets = [destination_of(o, s.overwrite, s.sync, s.sha256) for o in outputs]
+    source.pace = Pace(s.limit_rate)
+    targets = [destination_of(o, s.overwrite, s.sync, s.sha256, source.pace) for o in outputs]
     pairs = list(zip(outputs, targets, strict=True))
     progress = s.progress or (lambda n, name: None)
     prints = source.fingerprint()
@@ -154,6 +158,7 @@ def convert_all(
                 )
         raise
     finally:
+        source.pace = FREE
         for target in targets:
             target.close()
         if means.fleet:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamq.checkpoint import CONFIG, is_weights
 from streamq.errors import PlanError
+from streamq.pace import Pace
 from streamq.planning import QUANTIZATION_FILES, Plan
 from streamq.trust import RECORD, VERSION
 from streamq.writer import (
@@ -90,11 +91,13 @@ def check_outputs(outputs: list[Output], overwrite: bool) -> int:
     return free[0]
 
 
-def destination_of(output: Output, overwrite: bool, sync: bool, sha256: bool) -> Destination:
+def destination_of(
+    output: Output, overwrite: bool, sync: bool, sha256: bool, pace: Pace
+) -> Destination:
     """What writes an output."""
     if not isinstance(output.dst, HubPlace):
-        return Destination(output.dst, overwrite, sync, sha256)
+        return Destination(output.dst, overwrite, sync, sha256, pace)
     message = f"{output.plan.scheme_names}, by streamq {VERSION}"
     return HubDestination(
-        output.dst.branch, output.folder, sync, sha256, output.room, is_stale, message
+        output.dst.branch, output.folder, sync, sha256, output.room, is_stale, message, pace
     )

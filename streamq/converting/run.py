@@ -139,7 +139,7 @@ class Run:
         What stays as it is gets copied while the kernels are loaded.
         """
         try:
-            with Crew(self._workers, self._scheduler.stop) as crew:
+            with Crew(self._workers, self._halt) as crew:
                 self._crew = crew
                 for number in self._idle:
                     crew.close(partial(self._close, number))
@@ -152,6 +152,11 @@ class Run:
         if self._lost is not None:
             raise self._lost
         return kernels
+
+    def _halt(self) -> None:
+        """Wake up whoever waits."""
+        self._scheduler.stop()
+        self._source.pace.stop()
 
     def _left_of(self, jobs: list[Job]) -> list[Job]:
         """What is to be done where an earlier run has begun."""

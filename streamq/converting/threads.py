@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -118,9 +119,8 @@ def load_kernels(plans: list[Plan], settings: Settings, fleet: Fleet | None = No
 
     Imported here and not above: numba takes 0.2 s, in which other threads already copy.
     """
-    text = "compiling the CPU kernels for this machine, once; later runs load them from the cache"
     say = settings.notify or (lambda line: None)
-    timer = threading.Timer(SLOW_START, lambda: say(text))
+    timer = threading.Timer(SLOW_START, lambda: _tell_of_compiling(say))
     timer.daemon = True
     timer.start()
     try:
@@ -137,3 +137,19 @@ def load_kernels(plans: list[Plan], settings: Settings, fleet: Fleet | None = No
     finally:
         timer.cancel()
     return cpu
+
+
+def _tell_of_compiling(say: Callable[[str], None]) -> None:
+    """Say why the start takes so long, if that is why."""
+    from streamq import kernels
+    from streamq.compiled import COUNTS, home
+
+    if not COUNTS.compiled:
+        return
+    if home(Path(kernels.__path__[0], "cpu")) is None:
+        say(
+            "compiling the CPU kernels for this run alone, as nowhere can they be kept; set "
+            "NUMBA_CACHE_DIR to a directory that can be written"
+        )
+        return
+    say("compiling the CPU kernels for this machine, once; later runs load them from the cache")

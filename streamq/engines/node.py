@@ -11,6 +11,7 @@ from typing import Any
 from streamq.checkpoint import Checkpoint, open_checkpoint
 from streamq.converting import Settings, identity_of, shards_to
 from streamq.errors import CheckpointError, StreamqError
+from streamq.pace import Pace
 from streamq.planning import Plan, make_plan, unspelled
 from streamq.trust import FileSum, differences
 from streamq.writer import ShardWriter, SyncPool
@@ -112,7 +113,8 @@ def _make(source: Checkpoint, plan: Plan, name: str, folder: Path, settings: Set
     before = source.received
     how = replace(settings, progress=lambda n, name: read.append(n))
     folder.mkdir()
-    attempt = _Attempt(folder, settings.sha256)
+    source.pace = Pace(settings.limit_rate)
+    attempt = _Attempt(folder, settings.sha256, source.pace)
     try:
         _, kernels = shards_to(source, replace(plan, shards=shards), attempt, how)
         source.refuse_changed()
@@ -134,12 +136,13 @@ class _Attempt:
     goes_on = False
     outlet = None
 
-    def __init__(self, folder: Path, sha256: bool) -> None:
+    def __init__(self, folder: Path, sha256: bool, pace: Pace) -> None:
         self.sync = SyncPool(True)
         self.sums: FileSum | None = None
         self.notes: list[dict[str, Any]] = []
         self._folder = folder
         self._sha256 = sha256
+        self._pace = pace
 
     def finished(self, name: str, size: int, units: set[str]) -> set[str]:
         """Nothing is there."""
@@ -155,7 +158,9 @@ class _Attempt:
 
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
         """The shard."""
-        return ShardWriter(self._folder, name, header, size, self.sync, sha256=self._sha256)
+        return ShardWriter(
+            self._folder, name, header, size, self.sync, sha256=self._sha256, pace=self._pace
+        )
 
     def close_shard(self, shard: ShardWriter) -> None:
         """From now on it is complete."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-import numba as nb
 import numpy as np
 
-from streamq.kernels.cpu.bits import JIT
+from streamq import compiled
 
 Array = np.ndarray[Any, Any]
 Mode = Literal["low", "high"]
@@ -27,8 +26,8 @@ u64: Any = np.uint64
 
 
 def jit(function: F) -> F:
-    """``numba.njit`` with the options of all CPU kernels, typed."""
-    return cast(F, nb.njit(**JIT)(function))
+    """``compiled.jit``, typed."""
+    return cast(F, compiled.jit(function))
 
 
 class Coding(NamedTuple):

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 #: Default for ``--max-memory``: the buffers of all workers together, in bytes.
 MAX_MEMORY = 512 << 20
 #: What Python, numpy and numba take before the first buffer, in bytes (measured, x86-64).
-BASE_MEMORY = 147 << 20
+BASE_MEMORY = 141 << 20
 #: What the plan takes for each output tensor, in bytes (70,020 weights: 540 to 600).
 TENSOR_MEMORY = 570
 #: Source bytes of one slab: 1 to 4 MiB are all within 5%, and 1 MiB stays in the L2 cache.

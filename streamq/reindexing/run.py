@@ -15,6 +15,7 @@ import numpy as np
 
 from streamq.checkpoint import CONFIG, Checkpoint, Span
 from streamq.crew import Crew
+from streamq.pace import FREE, Pace
 from streamq.trust import VERSION, crc32, without_times
 from streamq.writer import Destination, ShardWriter, Unit, check_destination
 
@@ -38,16 +39,18 @@ def reindex(
     source: Checkpoint, plan: Plan, dst: str | os.PathLike[str], *,
     workers: int, max_memory: int, sync: bool = True, overwrite: bool = False,
     restart: bool = False, sha256: bool = False, progress: Progress | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None, limit_rate: int | None = None,
 ) -> Summary:  # fmt: skip
     """Write the checkpoint that ``plan`` describes to the directory ``dst``.
 
-    Goes on where an earlier run with the same plan was interrupted, unless ``restart``. Raises
-    StreamqError; what is done then stays in ``dst.partial``, and a note on the exception says so.
+    Goes on where an earlier run with the same plan was interrupted, unless ``restart``.
+    ``limit_rate``: bytes a second, read and written. Raises StreamqError; what is done then stays
+    in ``dst.partial``, and a note on the exception says so.
     """
     began = time.perf_counter()
     check_destination(Path(dst), plan.disk_needed, overwrite)
-    target = Destination(Path(dst), overwrite, sync, sha256)
+    source.pace = Pace(limit_rate)
+    target = Destination(Path(dst), overwrite, sync, sha256, source.pace)
     prints = source.fingerprint()
     made = {"streamq": VERSION, **plan.origin}
     headers = {shard.name: crc32(shard.header) for shard in plan.shards}
@@ -77,6 +80,7 @@ def reindex(
             )
         raise
     finally:
+        source.pace = FREE
         target.close()
     return Summary(plan.bytes_out, time.perf_counter() - began, workers)
 
@@ -112,7 +116,7 @@ class _Run:
     def run(self, workers: int) -> None:
         """Run to the end, or raise the first error after all threads have come home."""
         try:
-            with Crew(workers) as crew:
+            with Crew(workers, self._source.pace.stop) as crew:
                 self._crew = crew
                 crew.start(self._work)
         finally:

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamq.errors import AddressError, WriteError
 from streamq.hub import Committed
+from streamq.pace import FREE, Pace
 from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, Running, record_text
 
@@ -27,14 +28,17 @@ class Destination:
     """The directory ``DST``, built in ``DST.partial/output``, with a journal beside it.
 
     ``sync``: everything is on disk before it counts as done. ``sha256``: of every file as well.
-    ``outlet``: what takes complete shards off the disk, where they go on from there, and then
-    ``committed``: where the output is in the end.
+    ``pace``: how fast shards and copies are written, and copies read. ``outlet``: what takes
+    complete shards off the disk, where they go on from there, and then ``committed``: where the
+    output is in the end.
     """
 
     outlet: Uploader | None = None
     committed: Committed | None = None
 
-    def __init__(self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False) -> None:
+    def __init__(
+        self, dst: Path, overwrite: bool, sync: bool, sha256: bool = False, pace: Pace = FREE
+    ) -> None:
         self.dst = dst
         self.partial = dst.with_name(dst.name + ".partial")
         self.output = self.partial / "output"
@@ -43,6 +47,7 @@ class Destination:
         self.begun = False
         self._overwrite = overwrite
         self._sha256 = sha256
+        self._pace = pace
         self._lock = -1
         self._state: Partial | None = None
 
@@ -90,8 +95,9 @@ class Destination:
         with naming(name):
             known = self.state.known(name, size)
         return ShardWriter(
-            self.output, name, header, size, self.sync, self.state.journal, known, self._sha256
-        )
+            self.output, name, header, size, self.sync, self.state.journal, known, self._sha256,
+            self._pace,
+        )  # fmt: skip
 
     def growing(self, name: str, room: int, known: int) -> GrowingShard:
         """Start a shard whose size is not known; see there."""
@@ -189,7 +195,13 @@ class Destination:
             target.parent.mkdir(parents=True, exist_ok=True)
             with source.open("rb", buffering=0) as file:
                 buffer = memoryview(bytearray(COPY))
-                self._write(name, (buffer[:n] for n in iter(lambda: file.readinto(buffer), 0)))
+
+                def pieces() -> Iterator[memoryview]:
+                    while n := file.readinto(buffer):
+                        self._pace.take(2 * n)  # it was read, and is written
+                        yield buffer[:n]
+
+                self._write(name, pieces())
             shutil.copymode(source, target)
             if keep:
                 self.sync.path(target.parent)

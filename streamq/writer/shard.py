@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq.errors import WriteError
+from streamq.pace import FREE, Pace
 from streamq.trust import FileSum, Journal, Sums
 
 from .disk import SyncPool, naming, write_all
@@ -44,6 +45,7 @@ class Unit:
     def put(self, offset: int, data: Any) -> None:
         """Write a buffer at an absolute offset."""
         view = memoryview(data).cast("B")
+        self._shard.pace.take(len(view))
         self.sums.add(offset, view)
         self._shard.write(offset, view)
 
@@ -85,8 +87,10 @@ class ShardWriter:
     def __init__(
         self, folder: Path, name: str, header: bytes, size: int, sync: SyncPool,
         journal: Journal | None = None, known: Sums | None = None, sha256: bool = False,
+        pace: Pace = FREE,
     ) -> None:  # fmt: skip
         self.name = name
+        self.pace = pace
         self.size = size
         self.notes: list[dict[str, Any]] = []
         self._folder = folder

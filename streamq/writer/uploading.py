@@ -11,6 +11,7 @@ from typing import Any
 
 from streamq.errors import Stopped, WriteError
 from streamq.hub import Branch, Sum
+from streamq.pace import FREE, Pace
 from streamq.tensors import size_text
 from streamq.trust import RECORD, FileSum, record_text
 
@@ -34,9 +35,9 @@ class HubDestination(Destination):
 
     def __init__(
         self, branch: Branch, folder: Path, sync: bool, sha256: bool, room: int,
-        is_stale: Callable[[str], bool], message: str,
+        is_stale: Callable[[str], bool], message: str, pace: Pace = FREE,
     ) -> None:  # fmt: skip
-        super().__init__(folder, True, sync, True)  # files are stored by their sha256
+        super().__init__(folder, True, sync, True, pace)  # files are stored by their sha256
         self.branch = branch
         self.outlet = Uploader(room, self._upload)
         self._in_record = sha256
