@@ -31,7 +31,7 @@ PAGES = {
     str(p.relative_to(ROOT)): p.read_text()
     for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 }
-PROGRAMS = ("streamq", "make", "python", "pip", "cmake", "source", "eval", "vllm")
+PROGRAMS = ("streamq", "printf", "make", "python", "pip", "cmake", "source", "eval", "vllm")
 _COMMENT = re.compile(r"(?:\s{2,}|\s+#\s).*")
 
 
@@ -139,6 +139,32 @@ def recipe(path):
     path.write_text('scheme = "w4a16"\n')
 
 
+def jobs(path):
+    """The file of jobs on the page about them, and its sources that are directories."""
+    path.write_text(next(b for b in blocks(PAGES["docs/batch.md"]) if "[[source]]" in b))
+    example(path.parent / "models" / "local")
+
+
+def models(path):
+    path.write_text("Qwen/Qwen3-8B\norg/repo\n")
+
+
+#: Repositories of the Hub in commands, by branch and folder.
+REPOS = {
+    "Qwen/Qwen3-8B": [("main", "")], "org/model": [("main", "")],
+    "org/repo": [("main", ""), ("v2", ""), ("refs/pr/3", "sub/folder/")],
+    "meta/llama": [("main", "")], "qwen/qwen3": [("v1", "")],
+    "org/a": [("main", "")], "org/b": [("main", "")],
+}  # fmt: skip
+
+
+def fill(hub):
+    """Put them into a stand-in of the Hub."""
+    for repo, places in REPOS.items():
+        for branch, folder in places:
+            hub.commit_folder(repo, ROOT / "examples" / "bytes-llama", branch, folder)
+
+
 def shipped(path):
     path.parent.mkdir(exist_ok=True)
     shutil.copy(ROOT / "recipes" / path.name, path)
@@ -148,7 +174,7 @@ def shipped(path):
 NAMES = {
     "SRC": example, "QUANTIZED": quantized, "BAD": broken, "PACKED": packed,
     "model.safetensors": single, "recipe.toml": recipe, "recipes/edge.toml": shipped,
-    "Qwen3-8B": example, "DeepSeek-V3": deepseek,
+    "jobs.toml": jobs, "models.txt": models, "Qwen3-8B": example, "DeepSeek-V3": deepseek,
 }  # fmt: skip
 #: The same for one page, or for one command.
 ELSEWHERE = {
@@ -174,6 +200,13 @@ def run(command, here):
         if word in makers and (not (here / word).exists() or command.key in ELSEWHERE):
             shutil.rmtree(here / word, ignore_errors=True)
             makers[word](here / word)
+    if command.words[0] == "printf":
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command.line], capture_output=True, text=True,
+            env={**os.environ, "PATH": path}, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
     args = [WORDS.get(w, w) for w in command.words[1:]]
     if args[0] in ("convert", "compress", "decompress", "reindex", "repair"):
         shutil.rmtree(here / str(arguments(command)["dst"]), ignore_errors=True)

@@ -9,6 +9,7 @@ import click
 
 SHORT = {
     "allocate": "Print the recipe that a target size leads to.",
+    "batch": "Convert many checkpoints.",
     "compress": "Compress a checkpoint, to be stored or for the 310P.",
     "convert": "Quantize a checkpoint.",
     "decompress": "Undo what compress did.",
@@ -27,6 +28,11 @@ EXAMPLES = {
         streamq allocate SRC --target-bits 4.6 -o recipe.toml
         streamq allocate SRC --target-size 2GB --candidates w3a16,w4a16:64,w8a16
     """,
+    "batch": """
+        streamq batch jobs.toml --jobs 2
+        streamq batch models.txt -s nvfp4 --out 'out/{org}/{name}-{scheme}' --continue-on-error
+        streamq batch models.txt -s nvfp4,fp8_block --out 'hf://me/{name}-{scheme}' --dry-run
+    """,
     "compress": """
         streamq compress SRC DST
         streamq compress SRC --dry-run
@@ -37,6 +43,7 @@ EXAMPLES = {
         streamq convert SRC DST -s w4a16_asym -f awq --group-size 64 --stats
         streamq convert SRC DST --recipe recipe.toml --report DST.html
         streamq convert SRC --to nvfp4:OUT-NVFP4 --to gptq/w4a16:OUT-GPTQ
+        streamq convert hf://org/model hf://org/model-nvfp4 -s nvfp4 --private
     """,
     "decompress": """
         streamq decompress PACKED DST
