@@ -648,6 +648,9 @@ def test_tokens(token, kind, message, hub, tmp_path, monkeypatch):
     if message is None:
         with open_checkpoint(REPO) as source:
             assert source.tensors
+            source.pread(source.files[0], 2000, memoryview(bytearray(10)))
+        there = {(r.server, r.authorized) for r in hub.log if r.path.endswith(".safetensors")}
+        assert there == {("hub", token), ("cdn", "")}, "storage sees no token"
         return
     with pytest.raises(StreamqError, match=message):
         open_checkpoint(REPO)
