@@ -25,7 +25,6 @@ import streamq
 from streamq.cli import cli
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 
 HERE = Path(__file__).parent
 STREAMQ = Path(sys.executable).with_name("streamq")
