@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_meanwhile(source, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
-        "import streamq.converting as c; from streamq.cli import main; import sys;"
+        "import streamq.converting.places as c; from streamq.cli import main; import sys;"
         "c.check_destination = lambda *a: 0;"
         "import streamq.writer as w; w.check_destination = lambda *a: 10**9;"
         f"sys.argv = ['streamq', 'convert', '{source}', '{disk}/out', '-s', 'nvfp4', '-q']; main()"

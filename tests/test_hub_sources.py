@@ -160,6 +160,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
         ("dense", ["fp8_block"]),
         ("dense", ["w4a16"]),
         ("dense", ["bf16"]),  # its files are copied as they are
+        ("dense", ["bf16", "w4a16"]),
         ("dense", ["nvfp4", "awq/w4a16_asym", "fp8_dynamic"]),
         ("small", ["mxfp4"]),
         ("gpt-oss", ["gpt-oss/mxfp4a16"]),
@@ -190,6 +191,8 @@ def test_the_bytes_are_those_of_a_local_run(kind, schemes, limit, hub, small, tm
         (["nvfp4"], 1 << 30, 1.0, 1.02),
         (["nvfp4", "w4a16"], 1 << 30, 1.0, 1.02),
         (["fp8_block"], 0, 1.0, 1.02),
+        (["bf16"], 0, 1.0, 1.02),
+        (["bf16", "fp8_block"], 1 << 30, 2.0, 2.02),  # the copy comes by itself
         (["nvfp4"], 0, 1.3, 2.0),  # large groups are looked at twice
         (["nvfp4"], 12 * BLOCK, 1.05, 1.9),
     ],
@@ -576,6 +579,23 @@ def test_offline_a_download_is_used_or_asked_for(hub, tmp_path, monkeypatch):
     same(tmp_path / "local", tmp_path / "hub")
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7),
+        ({"retry-after": " 0 "}, 0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"RateLimit": '"api";r=3;t=55'}, None),
+        ({"RateLimit": "nonsense"}, None),
+    ],
+)
+def test_how_long_an_answer_asks_to_wait(headers, seconds):
+    assert client.retry_after(headers) == seconds
+
+
 # --- what is said -------------------------------------------------------------------------
 
 
@@ -628,6 +648,9 @@ def test_tokens(token, kind, message, hub, tmp_path, monkeypatch):
     if message is None:
         with open_checkpoint(REPO) as source:
             assert source.tensors
+            source.pread(source.files[0], 2000, memoryview(bytearray(10)))
+        there = {(r.server, r.authorized) for r in hub.log if r.path.endswith(".safetensors")}
+        assert there == {("hub", token), ("cdn", "")}, "storage sees no token"
         return
     with pytest.raises(StreamqError, match=message):
         open_checkpoint(REPO)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from streamq.errors import CheckpointError, Stopped
-from streamq.hub import Repository
+from streamq.hub import Repository, Stop
 from streamq.trust import fingerprint, without_times
 
 from .blocks import Book, Kept, Part, joined
 from .header import Header
 from .held import NOTHING, Held, Request, pieces, requests
 from .spool import Spool
-from .store import Array, LocalFiles, Reader, Remote, Span, Stop
+from .store import Array, LocalFiles, Reader, Remote, Span
 
 #: Connections at once: more than threads, as one alone is bound by the way to it and back.
 CONNECTIONS = 16

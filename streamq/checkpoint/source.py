@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from streamq.errors import CheckpointError
+from streamq.hub import Stop
 from streamq.tensors import TensorInfo
 
 from .header import Header
-from .store import Array, LocalFiles, Reader, Remote, Span, Stop, Store
+from .store import Array, LocalFiles, Reader, Remote, Span, Store
 
 
 class Checkpoint:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from streamq.errors import CheckpointError
+from streamq.hub import Stop
 from streamq.trust import fingerprint
 
 from .files import Stamp, stamp_of
@@ -23,16 +24,6 @@ Span = tuple[str, int, int]
 #: Fills some of a buffer from an absolute offset; how many bytes, 0 at the end of the file.
 Reader = Callable[[memoryview, int], int]
 _NOTHING = nullcontext()
-
-
-class Stop(Protocol):
-    """What tells that nobody wants the result any more: a threading.Event."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for it; whether to stop."""
 
 
 class Remote(NamedTuple):

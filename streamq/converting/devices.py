@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # what only devices need is imported for them: 3 ms
 #: Host memory of torch and Triton: measured with a build of torch 2.13 for the CPU (345 MiB with
 #: numba, which takes 89 alone); the context of a GPU comes on top of it.
 TORCH_MEMORY = 256 << 20
-#: Of huggingface_hub, and of what is under way on the connections to the Hub.
+#: Of huggingface_hub (10 MiB), of what is under way on the connections to the Hub, and of buffers
+#: that wait to be freed: 437 to 465 MiB were measured where the plan says 473 (four threads).
 HUB_MEMORY = 64 << 20
 
 #: What ``--device auto`` compares. Bytes of bf16 a second that one core quantizes: about the

@@ -45,7 +45,8 @@ def _copy_remote(source: Checkpoint, name: str, target: Target) -> None:
     size = source.size(name)
     begin = min((t.start for t in source.tensors.values() if t.file == name), default=size)
     header = bytearray(begin)
-    source.pread(name, 0, memoryview(header))
+    with source.reading(partial(list, [(name, 0, begin)])):
+        source.pread(name, 0, memoryview(header))
     pieces = {f"{at}": (name, at, min(size, at + JOB)) for at in range(begin, size, JOB)}
     done = target.finished(name, size, {*pieces})
     if target.is_complete(name):

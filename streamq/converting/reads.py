@@ -10,7 +10,7 @@ from streamq.checkpoint import BLOCK, Span, Traffic, forecast
 from streamq.planning import Plan
 from streamq.writer import free_bytes, same_disk
 
-from .jobs import AmaxPart, CopyRun, Job, jobs_of
+from .jobs import JOB, AmaxPart, CopyRun, Job, jobs_of
 from .slabs import spans_of
 
 
@@ -53,7 +53,13 @@ def traffic_of(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]] = ()) 
         return None
     jobs = as_they_lie(jobs_of([plan.shards for plan in plans if not plan.verbatim]))
     slots = spool_beside(plans, folders)
-    return forecast(map(reads, with_released(jobs)), remote.extents, slots)
+    found = forecast(map(reads, with_released(jobs)), remote.extents, slots)
+    if copies := sum(plan.verbatim for plan in plans):  # by themselves, after all else
+        total = sum(size - first for first, size in remote.extents.values())
+        found = found._replace(
+            needed=total, fetched=found.fetched + copies * total, held=max(found.held, JOB)
+        )
+    return found
 
 
 def spool_beside(plans: Sequence[Plan], folders: Sequence[tuple[Path, int]]) -> int:

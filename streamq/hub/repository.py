@@ -135,18 +135,18 @@ class Repository:
 
         with self._lock:
             signed, etag = self._signed.get(entry.path, (None, None))
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
-        url = signed
-        if url is None:
-            url = hf_hub_url(
-                self.address.repo, entry.path, revision=self.commit, endpoint=self._api.endpoint
-            )
-            headers |= untyped.build_hf_headers(
-                token=self._api.token, library_name="streamq", library_version=VERSION
-            )
-        session = get_session()
+        headers = {
+            "Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}",
+            **untyped.build_hf_headers(
+                token=self._api.token if signed is None else False,  # for the Hub alone
+                library_name="streamq", library_version=VERSION,
+            ),
+        }  # fmt: skip
+        url = signed or hf_hub_url(
+            self.address.repo, entry.path, revision=self.commit, endpoint=self._api.endpoint
+        )
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with session.stream("GET", url, headers=headers, timeout=timeout) as answer:
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
             if signed is not None and answer.status_code in _EXPIRED:
                 with self._lock:
                     if self._signed.get(entry.path, ("",))[0] == signed:
@@ -159,7 +159,7 @@ class Repository:
                 self._compare(entry, part, what)
             self._refuse_other_range(entry, answer, start, end, what)
             there = answer.headers.get("etag")
-            if signed is not None and etag is not None and there != etag:
+            if signed is not None and None not in (etag, there) and there != etag:
                 raise HubError(f"{what}: changed where it is stored (ETag {there}, before {etag}).")
             if signed is None and _is_elsewhere(answer):
                 with self._lock:
