@@ -53,7 +53,7 @@ peer-%:
 	@.oracle/$*/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements/$*.txt \
 	|| { rm -rf .oracle/$*; echo "peers: SKIPPED $*: bench/requirements/$*.txt cannot be installed here"; }
 
-SOAK := header_fuzz kernels convert crash batch compress compress_failures \
+SOAK := header_fuzz kernels convert crash batch batch_failures compress compress_failures \
   hub_sources hub_destinations triton triton_values triton_targets triton_sparse ascendc ascendc_checks
 
 soak: .venv/ready-test

@@ -10,8 +10,11 @@ import ml_dtypes
 import numpy as np
 from click.testing import CliRunner
 from helpers import write_checkpoint
+from small_units import contents
 
-from streamq.batch import How, State, carry_out, read_jobs, run
+import streamq
+from streamq.batch import How, JobError, State, carry_out, read_jobs, run
+from streamq.batch import types as batch_types
 from streamq.batch.watching import watching
 from streamq.cli import cli
 from streamq.converting import Settings
@@ -93,3 +96,46 @@ def start(*args, lines=NAMES, **kw):
     child.stdin.close()
     child.stdin = None
     return child
+
+
+def three_sources(tmp_path, monkeypatch):
+    """A working directory with three sources; pauses between tries are short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batch_types, "FIRST", 0.01)
+    for seed, name in enumerate(NAMES):
+        write_source(tmp_path / name, seed)
+    return tmp_path
+
+
+def wanted(name, scheme="nvfp4a16"):
+    """What a conversion by itself writes."""
+    out = Path("single") / name / scheme
+    if not out.exists():
+        streamq.convert(name, out, scheme, settings=Settings(sync=False))
+    return contents(out)
+
+
+def is_right(name, scheme="nvfp4a16"):
+    return contents(Path(f"out/{name}-{scheme}")) == wanted(name, scheme)
+
+
+def spoil(name, how):
+    shard = next(Path(name).glob("model-00002*"))
+    raw = bytearray(shard.read_bytes())
+    if how == "weights":
+        raw[-2:] = b"\xc0\x7f"  # NaN
+    else:
+        raw[:8] = b"\xff" * 8
+    shard.write_bytes(raw)
+
+
+class Flaky:
+    """Raises what passes, so many times for org/b."""
+
+    def __init__(self, times, transient=True):
+        self.left, self.transient = times, transient
+
+    def __call__(self, work):
+        if work.src == "org/b" and self.left:
+            self.left -= 1
+            raise JobError("the Hub answered 503.", self.transient)
