@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from streamq import compiled
-from streamq.converting import _tell_of_compiling
+from streamq.converting.threads import _tell_of_compiling
 
 SOURCE = """
 from streamq.compiled import jit

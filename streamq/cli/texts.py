@@ -31,7 +31,7 @@ EXAMPLES = {
     "batch": """
         streamq batch jobs.toml --jobs 2
         streamq batch models.txt -s nvfp4 --out 'out/{org}/{name}-{scheme}' --continue-on-error
-        streamq batch models.txt -s nvfp4,fp8_block --out 'hf://me/{name}-{scheme}' --dry-run
+        streamq batch models.txt -s nvfp4,fp8_block --out 'hf://org/{name}-{scheme}' --dry-run
     """,
     "compress": """
         streamq compress SRC DST

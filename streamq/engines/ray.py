@@ -7,6 +7,8 @@ import os
 import pickle
 import socket
 import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -64,6 +66,16 @@ class Ray:
         if self._own:
             self.ray.shutdown()
             _hush(self.ray, False)
+
+    def give_up(self, tasks: Iterable[Any]) -> None:
+        """Nobody wants what these make.
+
+        They end with a connection of ours, which is closed next. Asked to cancel a task that
+        is just done, Ray 2.60 ends this process.
+        """
+        for task in () if self._own else tasks:
+            with suppress(Exception):
+                self.ray.cancel(task)
 
     def means(self, outputs: list[Output], settings: Settings) -> Means:
         """Threads and memory of each task.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,9 +112,7 @@ class Tasks:
                     ran.add(node)
                     kernels.add(made.kernels)
         finally:
-            for ref in pending:
-                with suppress(Exception):
-                    self._ray.cancel(ref, force=True)
+            self._engine.give_up(pending)
             for target in self._targets:
                 shutil.rmtree(target.attempts, ignore_errors=True)
         said = f"Ray: {len(self._left)} tasks on {len(ran)} nodes"
