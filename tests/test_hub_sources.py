@@ -667,6 +667,11 @@ def test_tokens(token, kind, message, hub, tmp_path, monkeypatch):
         (REPO, {"model.safetensors": b"\xff" * 100}, "header claims"),
         (REPO, {"model.safetensors": b"\x40" + bytes(7) + b"{}"}, "truncated"),
         (REPO, {"model.safetensors": b"\x02" + bytes(7) + b"[]"}, "model.safetensors"),
+        (
+            REPO,
+            {"model.safetensors": (9_000_000).to_bytes(8, "little") + bytes(9_000_000)},
+            "model.safetensors: ",
+        ),
         (REPO, {"README.md": b"nothing"}, "no \\*.safetensors file"),
         (REPO, {"sub/model.safetensors": b"12"}, "no \\*.safetensors file"),
         (REPO, {"config.json": b"[", "model.safetensors": b"12"}, "config.json: is not valid JSON"),
