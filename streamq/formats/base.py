@@ -120,10 +120,7 @@ class Format:
         return self.layout(shape[0], prod(shape[1:]), dtype, scheme, input_scale)
 
     def note(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
-        """What ``__metadata__`` says of a weight under ``<format>:<its name>``.
-
-        None for all that a format has in a scheme, or for none of them.
-        """
+        """What ``__metadata__`` says of a weight under ``<format>:<its name>``; each or none."""
         return None
 
     def pack(self, role: Role, q: Quantized, layout: Layout, scheme: Scheme) -> Array:
