@@ -220,6 +220,46 @@ def test_each_byte_is_fetched_once_where_the_spool_holds_it(
         assert hub.sent() <= 1.02 * tensors  # with all headers
 
 
+MEASURED = """
+import os, sys
+from pathlib import Path
+import streamq
+from streamq.checkpoint import open_checkpoint
+from streamq.converting import Output, Settings, convert_all, means_of
+from streamq.planning import make_plan
+src, dst, spool = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+how = Settings(sync=False, workers=3)
+with open_checkpoint(src, spool=spool) as source:
+    outputs = [Output(make_plan(source, streamq.api.options("nvfp4")), dst)]
+    planned = means_of(outputs, how).peak_memory(outputs[0].plan)
+    convert_all(source, outputs, how)
+    disk = os.fstat(source._store._spool._fd).st_blocks * 512
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+print(peak, planned, disk)
+"""
+
+
+def test_memory_and_disk_are_what_the_plan_says(hub, tmp_path):
+    """By a process of its own: its peak, and what the spool took of the disk."""
+    base = np.random.default_rng(2).standard_normal(4096 * 2048).astype(ml_dtypes.bfloat16)
+    sizes = {"self_attn.o_proj": 2048, "mlp.gate_proj": 4096, "mlp.up_proj": 4096}
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": base[: rows * 2048].reshape(rows, 2048)
+        for layer in range(6) for name, rows in sizes.items()
+    }  # fmt: skip
+    names = list(tensors)
+    src = write_checkpoint(tmp_path / "in", tensors, shards=[names[::2], names[1::2]])
+    hub.commit_folder("org/model", src)
+    limit = 24 << 20
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURED, REPO, tmp_path / "out", str(limit)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    peak, planned, disk = map(int, child.stdout.split())
+    assert peak <= planned
+    assert 0 < disk <= limit
+
+
 def test_the_spool_leaves_the_outputs_their_disk(hub, small, tmp_path, monkeypatch):
     src = big(tmp_path / "in")
     hub.commit_folder("org/model", src)
@@ -667,6 +707,11 @@ def test_tokens(token, kind, message, hub, tmp_path, monkeypatch):
         (REPO, {"model.safetensors": b"\xff" * 100}, "header claims"),
         (REPO, {"model.safetensors": b"\x40" + bytes(7) + b"{}"}, "truncated"),
         (REPO, {"model.safetensors": b"\x02" + bytes(7) + b"[]"}, "model.safetensors"),
+        (
+            REPO,
+            {"model.safetensors": (9_000_000).to_bytes(8, "little") + bytes(9_000_000)},
+            "model.safetensors: ",
+        ),
         (REPO, {"README.md": b"nothing"}, "no \\*.safetensors file"),
         (REPO, {"sub/model.safetensors": b"12"}, "no \\*.safetensors file"),
         (REPO, {"config.json": b"[", "model.safetensors": b"12"}, "config.json: is not valid JSON"),

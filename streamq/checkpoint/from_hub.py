@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
@@ -35,6 +37,10 @@ from .spool import Spool, spool_folder
 
 #: First bytes of a shard that are fetched for its header; more if it is longer.
 FIRST = 1 << 14
+#: Headers above this are read one at a time: 16 that are made for it would take 48 GB. Published
+#: ones have some 500 KB.
+LARGE = 8 << 20
+_TURN = threading.Lock()
 #: Most bytes of the files beside the weights, all together; the largest are left out beyond it.
 #: Tokenizers have some 30 MB.
 MAX_OTHERS = 1 << 30
@@ -172,8 +178,10 @@ def _header(repository: Repository, name: str, cached: Path | None) -> Header:
         size = repository.files[name].size
         raw = _bytes(repository, name, 0, min(size, FIRST))
         length = header_length(raw[:8], name, size)
-        raw = (raw + _bytes(repository, name, len(raw), max(len(raw), 8 + length)))[: 8 + length]
-        found = parse_header(raw[8:], name, size)
+        with _TURN if length > LARGE else nullcontext():
+            rest = _bytes(repository, name, len(raw), max(len(raw), 8 + length))
+            raw = (raw + rest)[: 8 + length]
+            found = parse_header(raw[8:], name, size)
     found.sha256 = hashlib.sha256(raw).hexdigest()
     return found
 
