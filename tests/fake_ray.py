@@ -103,7 +103,7 @@ class FakeRay:
         except Exception as e:
             raise RayTaskError(e) from None
 
-    def cancel(self, ref: Any, force: bool) -> None:
+    def cancel(self, ref: Any) -> None:
         self.cancelled.append(ref)
 
     def get_runtime_context(self) -> Any:

@@ -66,6 +66,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", stand_in.url)
         monkeypatch.setenv("HF_TOKEN", "org")
         monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         yield uploads
         huggingface_hub.close_session()
 

@@ -17,7 +17,8 @@ _LONGEST = 2000
 
 #: Options by their names here, under the head that help puts them below, after all others.
 SECTIONS = {
-    "Machine": ("workers", "max_memory", "device", "device_memory", "limit_rate"),
+    "Machine": ("workers", "max_memory", "device", "device_memory", "engine", "limit_rate"),
+    "Hub": ("spool", "spool_dir", "private", "branch", "create_pr", "work_dir", "max_disk"),
     "Output": ("dry_run", "overwrite", "no_sync", "restart", "sha256"),
     "Messages": ("check_tp", "stats", "page", "as_json", "quiet"),
 }
@@ -99,6 +100,9 @@ def cli() -> None:
       NUMBA_CACHE_DIR=DIR   where compiled kernels are looked for first, and kept
       STREAMQ_ASCENDC=DIR   where the kernels for NPUs are looked for
       STREAMQ_DEBUG=1       a traceback for what is a bug in streamq
+      HF_TOKEN, HF_ENDPOINT, HF_HOME
+                            login, address and cache of the Hub, as huggingface_hub has them
+      RAY_ADDRESS           the cluster of --engine ray
       _STREAMQ_COMPLETE=bash_source, zsh_source or fish_source
                             print what a shell needs to complete commands, and stop
     """
