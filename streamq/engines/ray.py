@@ -161,6 +161,8 @@ def _cpus(node: dict[str, Any]) -> int:
 def _connect(ray: ModuleType, address: str) -> None:
     # or Ray says on every node that this will be so some day
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # a cluster that is made here would tell usage-stats.ray.io of itself, which nobody asked for
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     name = f"ray:{address}" if address else "ray"
     try:
         _knock(address)
