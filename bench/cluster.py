@@ -42,6 +42,7 @@ def seconds_of(src: Path, options: list[str], rounds: int) -> tuple[float, str]:
 def on_nodes(src: Path, counts: tuple[int, ...], rate: float, rounds: int) -> list[dict[str, Any]]:
     """Rows for as many nodes of one CPU; of ``rate`` bytes a second each, or as fast as can be."""
     head = {"num_cpus": 0, "include_dashboard": False}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # a head reports to Ray's makers otherwise
     cluster = Cluster(initialize_head=True, head_node_args=head)
     variables = {"PYTHONPATH": str(HERE / "nodes"), "NODE_RATE": str(rate)}
     rows, first = [], 0.0

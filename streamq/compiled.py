@@ -109,7 +109,8 @@ def home(folder: Path) -> Path | None:
 
 def _writable(folder: Path) -> bool:
     """Whether a folder can be written, or made."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    # not Path.exists, which raises where the home is one that this user may not look into
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     return os.access(there, os.W_OK | os.X_OK)
 
 

@@ -14,6 +14,10 @@ settings.load_profile("default")
 if os.environ.get("STREAMQ_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
+# No test asks the real Hub: nothing listens there, and tests that need a Hub name a stand-in.
+# huggingface_hub reads it when it is imported, and asks that address which agents there are.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+
 # Shells ignore it for what they run in the background, and so would what tests start.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -198,6 +198,8 @@ MALFORMED = {
     "sources is a number": (GOOD + "sources = 1", "sources must be a text or a list of texts"),
     "no destination": ('scheme = "nvfp4"\nsources = ["a/b"]', "sources 1: no destination"),
     "no scheme": ('out = "x"\nsources = ["a/b"]', "sources 1: no scheme"),
+    "unknown scheme of two": ('out = "x"\nscheme = ["w9", "w8a8"]\nsources = ["a/b"]',
+                              "sources 1: .*w9"),
     "unknown scheme": ('out = "x"\nscheme = "w9"\nsources = ["a/b"]', "sources 1: .*w9"),
     "unknown format": (GOOD + 'format = "zip"\nsources = ["a/b"]', "sources 1: .*zip"),
     "scheme and schemes": (GOOD + 'schemes = ["w4a16"]\nsources = ["a/b"]', "are one key"),
@@ -220,7 +222,7 @@ MALFORMED = {
         'scheme = "nvfp4"\n[[source]]\nsrc = "a/b"\nout = "x"\n[[source]]\nsrc = "a/c"\n'
         'out = "y/../x"', "source 2: .* as nvfp4 of jobs.toml, source 1"),
     "two formats, one destination": (GOOD + 'formats = ["modelopt", "compressed-tensors"]\n'
-                                     'sources = ["a/b"]', "{scheme}, {format}"),
+                                     'sources = ["a/b"]', "{scheme} or {format}"),
     "one output in another": (
         'scheme = "nvfp4"\n[[source]]\nsrc = "a/b"\nout = "x"\n[[source]]\nsrc = "a/c"\n'
         'out = "x/y"', "source 2: x/y would lie in the output of jobs.toml, source 1"),
@@ -263,7 +265,8 @@ def test_a_malformed_file_is_one_sentence(name):
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        (["a/b", "a/b"], "line 2: nvfp4 would go to out, as nvfp4 of standard input, line 1"),
+        (["a/b", "a/c"], "line 2: nvfp4 would go to out, as nvfp4 of standard input, line 1"),
+        (["a/b", "a/b"], "line 2: hf://a/b is there already, standard input, line 1"),
         (["a/b", "..", "c d"], "line 3: 'c d' is no directory"),
         ([], "standard input: names no source"),
         (["#", " "], "names no source"),

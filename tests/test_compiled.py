@@ -128,6 +128,22 @@ def test_without_a_home(kernels, monkeypatch):
     assert [p.name for p in compiled.places(kernels.folder)] == ["__pycache__"]
 
 
+def test_a_home_that_may_not_be_looked_into(kernels, monkeypatch):
+    """As of a container whose user is not the one that HOME is of."""
+    closed = os.environ["XDG_CACHE_HOME"]
+    look, may = os.stat, os.access
+
+    def stat(path, *args, **kw):
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **kw)
+
+    shutil.rmtree(kernels.folder / "__pycache__", ignore_errors=True)
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, how: str(path) == "/" and may(path, how))
+    assert compiled.home(kernels.folder) is None
+
+
 def test_only_in(kernels, tmp_path):
     kernels.run()
     with compiled.only_in(tmp_path / "shipped"):

@@ -1,6 +1,7 @@
 """The Ray engine over a stand-in for Ray: same bytes as here, whatever is lost on the way."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -374,9 +375,29 @@ def test_an_address_where_no_cluster_is(
         cli, ["convert", str(source), str(tmp_path / "out"), "-s", "nvfp4", "--engine", name]
     )
     assert result.exit_code == 1
-    assert result.stderr == (
-        f"Error: --engine {name}: no Ray cluster answers ([Errno 111] Connection refused).\n"
+    more = (
+        f"; {tmp_path / 'last'} names it, `ray stop` forgets it" if not environment and last else ""
     )
+    assert result.stderr == (
+        f"Error: --engine {name}: no Ray cluster answers (127.0.0.1:9: Connection refused{more}).\n"
+    )
+
+
+def test_a_cluster_of_ours_does_not_report_its_use(ray, source, tmp_path, monkeypatch):
+    """Ray would, to its makers, and no command asks for that."""
+    monkeypatch.setattr("streamq.engines.ray.LAST", tmp_path / "last")
+    monkeypatch.setattr("os.environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    found = []
+
+    def init(*args, **kw):
+        found.append(os.environ["RAY_USAGE_STATS_ENABLED"])
+        raise ConnectionError("none")
+
+    monkeypatch.setattr(ray, "init", init, raising=False)
+    with pytest.raises(PlanError, match=r"no Ray cluster answers \(none\)"):
+        convert(source, tmp_path / "out")
+    assert found == ["0"]
 
 
 @pytest.mark.parametrize("name", ["", "Ray", "ray:", "rayon", "dask", "local:1"])

@@ -87,6 +87,8 @@ LINES = {
     "convert --scales ": {"absmax", "search"},
     "compress --codec a": {"ascend"},
     "kernels -f aw": {"awq", "awq_gemv"},
+    "batch jobs.txt -s nvfp": {"nvfp4", "nvfp4a16"},
+    "batch jobs.txt -f aw": {"awq", "awq_gemv"},
 }
 
 

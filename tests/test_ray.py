@@ -24,6 +24,10 @@ from straddling import ROWS, straddling
 import streamq
 from streamq.cli import cli
 
+# Nothing leaves this machine: a head would tell usage-stats.ray.io of itself after a minute, and
+# without the other, which is read by the import, nodes look for their address by a socket to
+# 8.8.8.8 and use that one instead of 127.0.0.1.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 HERE = Path(__file__).parent
@@ -43,6 +47,7 @@ class Nodes:
         self.folder = folder
         head = {"num_cpus": 0, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        assert self.cluster.address.startswith("127.0.0.1:")
         self.engine = f"ray:{self.cluster.address}"
         self.by_name = {name: self.add(name) for name in "abc"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -171,20 +172,28 @@ def _expanded(source: _Source, top: Mapping[str, Any], checked: set[str]) -> Ite
     for scheme in schemes:
         for fmt in formats:
             mine = {**how, "scheme": scheme, "format": fmt}
-            if several and scheme and not has_groups(scheme):
-                mine.pop("group_size", None)  # for those of several outputs that have groups
-            if several and (fmt is None or fmt in FORMATS):
-                has = named(fmt).options if fmt else ()
-                for key in ("gpt_fast_names", "scale_fmt", "group_dim"):
-                    if key not in has:
-                        mine.pop(key, None)
-            _check(mine, where, checked)
+            with _at(where):
+                if several and scheme and not has_groups(scheme):
+                    mine.pop("group_size", None)  # for those of several outputs that have groups
+                if several and (fmt is None or fmt in FORMATS):
+                    has = named(fmt).options if fmt else ()
+                    for key in ("gpt_fast_names", "scale_fmt", "group_dim"):
+                        if key not in has:
+                            mine.pop(key, None)
+                _check(mine, checked)
             dst = filled(template, values_of(src, mine), where)
-            try:
+            with _at(where):
                 place_of(dst)
-            except StreamqError as e:
-                raise PlanError(f"{where}: {e}") from None
             yield Job(where, src, dst, mine)
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Errors say what asked for it."""
+    try:
+        yield
+    except StreamqError as e:
+        raise PlanError(f"{where}: {e}") from None
 
 
 def source_of(text: str, where: str) -> str:
@@ -214,23 +223,18 @@ def _refuse_odd(name: str, where: str) -> None:
 
 
 def _address(text: str, where: str) -> str:
-    try:
+    with _at(where):
         return str(parse_hub(text))
-    except StreamqError as e:
-        raise PlanError(f"{where}: {e}") from None
 
 
-def _check(how: Mapping[str, Any], where: str, checked: set[str]) -> None:
+def _check(how: Mapping[str, Any], checked: set[str]) -> None:
     """Raise PlanError for options that are not known; the same ones are looked at once."""
     from streamq.api import options
 
     key = json.dumps(how, sort_keys=True)
     if key in checked:
         return
-    try:
-        options(**how)
-    except StreamqError as e:
-        raise PlanError(f"{where}: {e}") from None
+    options(**how)
     checked.add(key)
 
 
@@ -242,11 +246,13 @@ def refuse_entangled(jobs: Sequence[Job]) -> None:
     taken: dict[str, Job] = {}
     for job in jobs:
         other = taken.setdefault(job.key, job)
+        if (job.src, job.how) == (other.src, other.how) and other is not job:
+            raise PlanError(f"{job.where}: {job.src} is there already, {other.where}.")
         if other is not job:
             raise PlanError(
                 f"{job.where}: {job.label} would go to {job.dst}, as {other.label} of "
-                f"{other.where}; {{scheme}}, {{format}}, {{org}} or {{revision}} in out tells them "
-                "apart."
+                f"{other.where}; {{org}}, {{name}}, {{revision}}, {{scheme}} or {{format}} in out "
+                "tells them apart."
             )
     sources = {os.path.realpath(job.src): job for job in jobs if not is_hub(job.src)}
     outputs = {job.key: job for job in jobs if not is_hub(job.dst)}

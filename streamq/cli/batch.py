@@ -14,6 +14,8 @@ from click.core import ParameterSource
 
 from .group import cli
 from .options import (
+    complete_format,
+    complete_scheme,
     detail_options,
     device_options,
     dry_run_option,
@@ -48,10 +50,10 @@ _what = together(
                  help="Destinations, such as 'out/{org}/{name}-{scheme}'; also {format}, "
                       "{revision}."),
     click.option("--scheme", "-s", "schemes", multiple=True, callback=_several,
-                 metavar="NAME,...",
+                 metavar="NAME,...", shell_complete=complete_scheme,
                  help="Presets: every source is converted to each. Repeatable."),
     click.option("--format", "-f", "formats", multiple=True, callback=_several,
-                 metavar="NAME,...",
+                 metavar="NAME,...", shell_complete=complete_format,
                  help="Formats: every scheme is written in each. Repeatable."),
     click.option("--recipe", type=click.Path(), metavar="FILE",
                  help="Rules that give modules their schemes (docs/recipes.md)."),

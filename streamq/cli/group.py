@@ -17,8 +17,16 @@ _LONGEST = 2000
 
 #: Options by their names here, under the head that help puts them below, after all others.
 SECTIONS = {
-    "Machine": ("workers", "max_memory", "device", "device_memory", "engine", "limit_rate"),
-    "Hub": ("spool", "spool_dir", "private", "branch", "create_pr", "work_dir", "max_disk"),
+    "Machine": (
+        "workers",
+        "max_memory",
+        "max_disk",
+        "device",
+        "device_memory",
+        "engine",
+        "limit_rate",
+    ),
+    "Hub": ("spool", "spool_dir", "private", "branch", "create_pr", "work_dir"),
     "Output": ("dry_run", "overwrite", "no_sync", "restart", "sha256"),
     "Messages": ("check_tp", "stats", "page", "as_json", "quiet"),
 }

@@ -36,7 +36,7 @@ upload_options = together(
     click.option("--base-model", metavar="ORG/REPO",
                  help="What the model card names as the source, where SRC does not say it."),
     click.option("--max-disk", callback=size, metavar="SIZE",
-                 help="Shards there at a time (default: three of the largest)."),
+                 help="Shards on their way to the Hub at a time (default: three of the largest)."),
 )  # fmt: skip
 _NAMES = ("private", "branch", "create_pr", "base_model", "work_dir", "max_disk")
 #: Options that decide bytes, or what becomes of weights; a card leaves out all others.

@@ -161,6 +161,8 @@ def _cpus(node: dict[str, Any]) -> int:
 def _connect(ray: ModuleType, address: str) -> None:
     # or Ray says on every node that this will be so some day
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # a cluster that is made here would tell usage-stats.ray.io of itself, which nobody asked for
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     name = f"ray:{address}" if address else "ray"
     try:
         _knock(address)
@@ -172,13 +174,18 @@ def _connect(ray: ModuleType, address: str) -> None:
 
 def _knock(address: str) -> None:
     """Raise OSError where nothing listens: Ray 2.60 waits for minutes then, or for ever."""
+    more = ""
     if address in ("", "auto"):
         address = os.environ.get("RAY_ADDRESS", "")
         if not address and LAST.is_file():
             address = LAST.read_text()
+            more = f"; {LAST} names it, `ray stop` forgets it"
     host, _, port = address.strip().removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), PATIENCE).close()
+        try:
+            socket.create_connection((host, int(port)), PATIENCE).close()
+        except OSError as e:
+            raise OSError(f"{host}:{port}: {e.strerror or e}{more}") from None
 
 
 def _hush(ray: ModuleType, quiet: bool) -> None:
