@@ -289,6 +289,11 @@ def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
     assert "What the weights lost" in hub.uploads.files(REPO)["README.md"].decode()
 
 
+def test_what_is_on_the_hub_is_downloaded_to_be_verified():
+    with pytest.raises(StreamqError, match=f"{DST}: only directories are verified; `hf download`"):
+        streamq.verify(DST)
+
+
 @pytest.mark.parametrize("verb", ["reindex", "compress"])
 def test_other_commands_write_to_directories(hub, source, verb):
     ran = CliRunner().invoke(cli, [verb, str(source), DST])
@@ -400,7 +405,10 @@ REFUSED = {
     "a branch of a request": (
         "acme", public, {"create_pr": True, "branch": "no"}, "a pull request needs"
     ),
-    "little disk": ("acme", None, {"max_disk": 1000}, "--max-disk 0MiB is too little"),
+    "little disk": ("acme", None, {"max_disk": 1000}, "--max-disk of 1.00 kB is too little"),
+    "a name git refuses": ("acme", None, {"branch": "a b"}, "no branch of such a name"),
+    "a request that is not there": ("acme", public, {"branch": "refs/pr/9"}, "check --branch"),
+    "no model": ("acme", None, {"base_model": "a model"}, "'a model': is not org/repo"),
     "a folder": ("acme", None, {"dst": f"{DST}/sub"}, "leave out 'sub'"),
     "a revision": ("acme", None, {"dst": f"{DST}@dev"}, "give the branch with --branch dev"),
 }  # fmt: skip

@@ -31,7 +31,7 @@ from streamq.checkpoint.blocks import Book, fetched_of, forecast
 from streamq.cli import cli
 from streamq.converting import Output, Settings, convert_all, jobs, reads
 from streamq.errors import AddressError, StreamqError
-from streamq.hub import HubPath, client, is_hub, parse_hub
+from streamq.hub import HubPath, client, is_branch, is_hub, parse_hub
 from streamq.planning import make_plan
 
 #: Of the tests: so small that a checkpoint of some MB has many blocks and jobs.
@@ -460,7 +460,7 @@ def test_signed_addresses_are_not_told(hub, small, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "TRIES", 2)
     hub.commit_folder("org/model", big(tmp_path / "in", layers=1))
     hub.faults = [bare(500)]
-    with pytest.raises(StreamqError, match="the Hub answered 500.*run again later") as found:
+    with pytest.raises(StreamqError, match=r"the Hub answered 500.*run again later") as found:
         convert(REPO, tmp_path / "out", "nvfp4")
     assert hub.cdn in str(found.value)
     assert "Signature" not in str(found.value)
@@ -469,7 +469,7 @@ def test_signed_addresses_are_not_told(hub, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("for url 'https://cdn/a/b?X-Amz-Signature=12&x=3' at all", "for url 'https://cdn/a/b' at all"),
+        ("url 'https://cdn/a?X-Sig=12&x=3' at all", "url 'https://cdn/a' at all"),
         ("no way to http://me:pass@proxy:80/", "no way to http://proxy:80/"),
         ("Is it there? a=b", "Is it there? a=b"),
     ],
@@ -727,6 +727,37 @@ def test_addresses(text, path):
     assert is_hub(text)
     assert parse_hub(text) == path
     assert parse_hub(str(path)) == path
+
+
+@pytest.mark.parametrize(
+    ("src", "hint"),
+    [
+        ("org/model", "; a repository on the Hub is hf://org/model."),
+        ("https://huggingface.co/org/model", "; a repository on the Hub is hf://org/model."),
+        ("out/model.safetensors", "directory."),
+        ("/a/b", "directory."),
+    ],
+)
+def test_who_forgot_the_scheme_is_told(src, hint):
+    with pytest.raises(StreamqError) as found:
+        open_checkpoint(src)
+    assert str(found.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    "name", ["main", "feature/x", "v1.0", "refs/pr/3", "ä", "a@b", "a-b_c", "b/-a"]
+)  # fmt: skip
+def test_names_of_branches(name):
+    assert is_branch(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a b", "/a", "a/", "a//b", "a..b", "a.lock", "a.", ".a", "a/.b", "-a", "@", "a@{1}", "a~1",
+     "a^", "a:b", "a?", "a*", "a[", "a\\b", "a\n"],
+)  # fmt: skip
+def test_what_is_no_name_of_a_branch(name):
+    assert not is_branch(name)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def _open(
         if only is None:
             shards, index = by_index(root, shards, use_index, oddities)
         if not shards:
-            raise CheckpointError(f"{place}: no *.safetensors file here.")
+            raise CheckpointError(f"{place}: no *.safetensors file here; check the folder.")
         refuse_missing(shards, names, place)
         cached = {name: path for name in shards if (path := repository.cached(name)) is not None}
 

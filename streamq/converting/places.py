@@ -9,6 +9,7 @@ from streamq.checkpoint import CONFIG, is_weights
 from streamq.errors import PlanError
 from streamq.pace import Pace
 from streamq.planning import QUANTIZATION_FILES, Plan
+from streamq.tensors import size_text
 from streamq.trust import RECORD, VERSION
 from streamq.writer import (
     CARD,
@@ -50,8 +51,8 @@ class Output:
         asked = self.dst.upload.max_disk
         if asked is not None and asked < largest:
             raise PlanError(
-                f"--max-disk {asked >> 20}MiB is too little: the largest shard has "
-                f"{-(-largest >> 20)}MiB; give more, or a smaller --shard-size."
+                f"--max-disk of {size_text(asked)} is too little: the largest shard has "
+                f"{size_text(largest)}; give more, or a smaller --shard-size."
             )
         return min(self.plan.bytes_out, asked or SHARDS * largest)
 

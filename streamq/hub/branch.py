@@ -136,6 +136,8 @@ class Branch:
             main = self.look(MAIN)
             # One that is no more than main has nothing of its own to lose.
             self._fresh = main is not None and (found is None or found.head == main.head)
+        if found is None and self.branch.startswith("refs/"):
+            raise HubError(f"{self}: is not there, and such a one cannot be made; check --branch.")
         self._found = found or main
         if self.create_pr and found is None:
             raise HubError(
