@@ -348,6 +348,20 @@ def test_overwrite_deletes_what_is_stale_in_the_same_commit(hub, source, wanted,
     assert len(hub.uploads.messages) == 1
 
 
+@pytest.mark.parametrize("ignored", ["*-00003-*", "tokenizer.json"])
+def test_what_git_is_to_ignore_is_not_left_out(hub, source, wanted, work, ignored):
+    hub.commit(REPO, {".gitignore": ignored.encode()})
+    before = dict(hub.repos[REPO].branches)
+    with pytest.raises(StreamqError, match=r"its \.gitignore leaves out"):
+        convert(source, work)
+    assert hub.repos[REPO].branches == before
+    hub.commit(REPO, {".gitignore": b"*.log"})
+    convert(source, work)
+    files = output_of(hub)
+    del files[".gitignore"]
+    assert files == wanted
+
+
 def test_a_pull_request(hub, source, wanted, work):
     hub.commit(REPO, {".gitattributes": b"x"})
     hub.uploads.hide_commits = 1
