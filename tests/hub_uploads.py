@@ -92,6 +92,9 @@ class Uploads:
         if not re.match(r"---\n.*?\n---\n", content, re.DOTALL):
             x.json({"errors": [{"message": "no metadata"}], "warnings": []}, 400)
             return
+        if "\nlicense: none\n" in content:
+            x.json({"errors": [{"message": '"license" must be one of'}], "warnings": []}, 400)
+            return
         x.json({"errors": [], "warnings": []})
 
     def _create(self, x: Exchange) -> None:

@@ -20,13 +20,14 @@ from click.testing import CliRunner
 from helpers import write_checkpoint
 from hub_stand_in import HubStandIn, failing, stalling
 from hub_uploads import Uploads
-from huggingface_hub import close_session
+from huggingface_hub import ModelCard, close_session
 from xet_stand_in import Xet
 
 import streamq
 from streamq.cli import cli
 from streamq.converting import Settings, Upload
 from streamq.errors import AddressError, HubError, StreamqError
+from streamq.hub.card import card_text, metadata_of
 
 # huggingface_hub gives files to its HTTP library in a way that one will drop some day.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -657,6 +658,31 @@ def test_the_card(hub, source, work, tmp_path):
         assert part in card.text, part
     for secret in (str(tmp_path), "Their words", "theirs", os.environ["HF_ENDPOINT"], "-j"):
         assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("language:\n- no\n- da\nlicense: mit", {"language": ["no", "da"], "license": "mit"}),
+        ("language: no", {"language": "no"}),
+        ("language: 3\nlicense: [{a: b}]\npipeline_tag: fill-mask", {"pipeline_tag": "fill-mask"}),
+        ("license: []\nlicense_name: 2020-01-01", {}),
+        ("- no card", {}),
+    ],
+)
+def test_what_a_card_carries_over(said, kept):
+    text = card_text("a/b", [], "transformers", metadata_of(f"---\n{said}\n---\n"), "")
+    there = ModelCard(text).data.to_dict()
+    assert {key: there.get(key) for key in kept} == kept
+    assert metadata_of(text) == kept
+
+
+def test_the_hub_says_why_it_refuses_a_card(hub, source, work, tmp_path):
+    src = tmp_path / "in"
+    shutil.copytree(source, src)
+    (src / "README.md").write_text("---\nlicense: none\n---\n")
+    with pytest.raises(StreamqError, match=r'Invalid metadata in README.md. - "license" must be'):
+        convert(src, work)
 
 
 def test_cards_are_reproducible(hub, source, work):

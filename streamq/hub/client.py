@@ -201,6 +201,8 @@ def _is_transient(error: Exception, status: int | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says, and the points of a list behind it."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    return _SECRET.sub("", str(text).strip().splitlines()[0]).removesuffix(".")
+    first, *more = str(text).strip().splitlines()
+    said = " ".join([first, *(line for line in more if line.startswith("- "))])
+    return _SECRET.sub("", said).removesuffix(".")
