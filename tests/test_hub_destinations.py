@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,22 @@ def test_an_error_that_stays_is_told_and_the_same_command_goes_on(
     hub.faults = []
     convert(source, work)
     assert output_of(hub) == wanted
+
+
+def test_storage_that_fails_is_given_up(hub, source, work):
+    """huggingface_hub tries a file 6 times, and that 6 times over; not 5 times that again."""
+    hub.faults = [failing(status=500, where=PUT)]
+    with pytest.raises(StreamqError, match="the Hub answered 500"):
+        convert(source, work)
+    tries = Counter(r.path for r in hub.log if r.method == "PUT")
+    assert 1 < max(tries.values()) <= 36
+
+
+def test_the_work_folder_is_not_in_the_source(hub, source):
+    args = ["convert", str(source), DST, "-s", "fp8_dynamic", "--work-dir", str(source)]
+    ran = CliRunner().invoke(cli, args)
+    assert ran.exit_code == 1
+    assert "overlaps the source" in ran.output
 
 
 def test_several_outputs(hub, source, wanted, work, tmp_path):

@@ -20,6 +20,7 @@ from streamq.writer import (
     Place,
     check_branch,
     check_destination,
+    folder_of,
     same_disk,
 )
 
@@ -34,7 +35,7 @@ class Output:
     @property
     def folder(self) -> Path:
         """The directory; of an output on the Hub, that of its work folder."""
-        return self.dst.folder if isinstance(self.dst, HubPlace) else self.dst
+        return folder_of(self.dst)
 
     @property
     def disk_needed(self) -> int:

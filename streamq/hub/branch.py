@@ -211,7 +211,8 @@ class Branch:
             except HubError as e:
                 tries += 1
                 response = getattr(e.__cause__, "response", None)
-                if response is None or response.request.method != "PUT" or tries == TRIES:
+                refused = response is not None and response.request.method == "PUT"
+                if not refused or e.transient or tries == TRIES:
                     raise
 
     def commit(

@@ -72,6 +72,11 @@ def place_of(dst: str | os.PathLike[str], upload: Upload = Upload()) -> Place:
     )
 
 
+def folder_of(place: Place) -> Path:
+    """Where an output is on the disk: the directory, or beside which the work folder is."""
+    return place.folder if isinstance(place, HubPlace) else place
+
+
 def refuse_unused(upload: Upload, places: list[Place]) -> None:
     """Raise AddressError for options of the Hub where no output goes there."""
     said = {
