@@ -12,6 +12,7 @@ import json
 import math
 import re
 import threading
+from fnmatch import fnmatch
 from typing import Any
 
 from hub_stand_in import Blob, Exchange, HubStandIn, Repo, Route, is_lfs
@@ -91,6 +92,9 @@ class Uploads:
         if not re.match(r"---\n.*?\n---\n", content, re.DOTALL):
             x.json({"errors": [{"message": "no metadata"}], "warnings": []}, 400)
             return
+        if "\nlicense: none\n" in content:
+            x.json({"errors": [{"message": '"license" must be one of'}], "warnings": []}, 400)
+            return
         x.json({"errors": [], "warnings": []})
 
     def _create(self, x: Exchange) -> None:
@@ -127,12 +131,13 @@ class Uploads:
             x.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return
         tree = repo.commits[repo.branches[revision]]
+        ignored = tree[".gitignore"].data.decode().split() if ".gitignore" in tree else []
         found = []
         for f in files:
             lfs = is_lfs(f["path"], Blob(b"")) or f["size"] >= 10_000_000
             there = tree.get(f["path"])
             said = {"path": f["path"], "uploadMode": "lfs" if lfs else "regular",
-                    "shouldIgnore": False}  # fmt: skip
+                    "shouldIgnore": any(fnmatch(f["path"], of) for of in ignored)}  # fmt: skip
             found.append({**said, "oid": (there.sha256 if lfs else there.oid) if there else None})
         x.json({"files": found})
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +21,14 @@ from click.testing import CliRunner
 from helpers import write_checkpoint
 from hub_stand_in import HubStandIn, failing, stalling
 from hub_uploads import Uploads
-from huggingface_hub import close_session
+from huggingface_hub import ModelCard, close_session
 from xet_stand_in import Xet
 
 import streamq
 from streamq.cli import cli
 from streamq.converting import Settings, Upload
 from streamq.errors import AddressError, HubError, StreamqError
+from streamq.hub.card import card_text, metadata_of
 
 # huggingface_hub gives files to its HTTP library in a way that one will drop some day.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -218,6 +220,22 @@ def test_an_error_that_stays_is_told_and_the_same_command_goes_on(
     assert output_of(hub) == wanted
 
 
+def test_storage_that_fails_is_given_up(hub, source, work):
+    """huggingface_hub tries a file 6 times, and that 6 times over; not 5 times that again."""
+    hub.faults = [failing(status=500, where=PUT)]
+    with pytest.raises(StreamqError, match="the Hub answered 500"):
+        convert(source, work)
+    tries = Counter(r.path for r in hub.log if r.method == "PUT")
+    assert 1 < max(tries.values()) <= 36
+
+
+def test_the_work_folder_is_not_in_the_source(hub, source):
+    args = ["convert", str(source), DST, "-s", "fp8_dynamic", "--work-dir", str(source)]
+    ran = CliRunner().invoke(cli, args)
+    assert ran.exit_code == 1
+    assert "overlaps the source" in ran.output
+
+
 def test_several_outputs(hub, source, wanted, work, tmp_path):
     local = tmp_path / "local"
     wants = f"fp8_dynamic:{DST}", f"nvfp4a16:{local}", "w8a16:hf://acme/tiny-w8"
@@ -289,6 +307,11 @@ def test_a_report_of_an_output_on_the_hub(hub, source, work, tmp_path):
     assert "What the weights lost" in hub.uploads.files(REPO)["README.md"].decode()
 
 
+def test_what_is_on_the_hub_is_downloaded_to_be_verified():
+    with pytest.raises(StreamqError, match=f"{DST}: only directories are verified; `hf download`"):
+        streamq.verify(DST)
+
+
 @pytest.mark.parametrize("verb", ["reindex", "compress"])
 def test_other_commands_write_to_directories(hub, source, verb):
     ran = CliRunner().invoke(cli, [verb, str(source), DST])
@@ -341,6 +364,20 @@ def test_overwrite_deletes_what_is_stale_in_the_same_commit(hub, source, wanted,
     assert output_of(hub) == {**wanted, "LICENSE": b"kept"}
     assert hub.uploads.files(REPO)["README.md"] != b"old"
     assert len(hub.uploads.messages) == 1
+
+
+@pytest.mark.parametrize("ignored", ["*-00003-*", "tokenizer.json"])
+def test_what_git_is_to_ignore_is_not_left_out(hub, source, wanted, work, ignored):
+    hub.commit(REPO, {".gitignore": ignored.encode()})
+    before = dict(hub.repos[REPO].branches)
+    with pytest.raises(StreamqError, match=r"its \.gitignore leaves out"):
+        convert(source, work)
+    assert hub.repos[REPO].branches == before
+    hub.commit(REPO, {".gitignore": b"*.log"})
+    convert(source, work)
+    files = output_of(hub)
+    del files[".gitignore"]
+    assert files == wanted
 
 
 def test_a_pull_request(hub, source, wanted, work):
@@ -400,7 +437,10 @@ REFUSED = {
     "a branch of a request": (
         "acme", public, {"create_pr": True, "branch": "no"}, "a pull request needs"
     ),
-    "little disk": ("acme", None, {"max_disk": 1000}, "--max-disk 0MiB is too little"),
+    "little disk": ("acme", None, {"max_disk": 1000}, "--max-disk of 1.00 kB is too little"),
+    "a name git refuses": ("acme", None, {"branch": "a b"}, "no branch of such a name"),
+    "a request that is not there": ("acme", public, {"branch": "refs/pr/9"}, "check --branch"),
+    "no model": ("acme", None, {"base_model": "a model"}, "'a model': is not org/repo"),
     "a folder": ("acme", None, {"dst": f"{DST}/sub"}, "leave out 'sub'"),
     "a revision": ("acme", None, {"dst": f"{DST}@dev"}, "give the branch with --branch dev"),
 }  # fmt: skip
@@ -635,6 +675,31 @@ def test_the_card(hub, source, work, tmp_path):
         assert part in card.text, part
     for secret in (str(tmp_path), "Their words", "theirs", os.environ["HF_ENDPOINT"], "-j"):
         assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("language:\n- no\n- da\nlicense: mit", {"language": ["no", "da"], "license": "mit"}),
+        ("language: no", {"language": "no"}),
+        ("language: 3\nlicense: [{a: b}]\npipeline_tag: fill-mask", {"pipeline_tag": "fill-mask"}),
+        ("license: []\nlicense_name: 2020-01-01", {}),
+        ("- no card", {}),
+    ],
+)
+def test_what_a_card_carries_over(said, kept):
+    text = card_text("a/b", [], "transformers", metadata_of(f"---\n{said}\n---\n"), "")
+    there = ModelCard(text).data.to_dict()
+    assert {key: there.get(key) for key in kept} == kept
+    assert metadata_of(text) == kept
+
+
+def test_the_hub_says_why_it_refuses_a_card(hub, source, work, tmp_path):
+    src = tmp_path / "in"
+    shutil.copytree(source, src)
+    (src / "README.md").write_text("---\nlicense: none\n---\n")
+    with pytest.raises(StreamqError, match=r'Invalid metadata in README.md. - "license" must be'):
+        convert(src, work)
 
 
 def test_cards_are_reproducible(hub, source, work):

@@ -31,7 +31,7 @@ from streamq.checkpoint.blocks import Book, fetched_of, forecast
 from streamq.cli import cli
 from streamq.converting import Output, Settings, convert_all, jobs, reads
 from streamq.errors import AddressError, StreamqError
-from streamq.hub import HubPath, client, is_hub, parse_hub
+from streamq.hub import HubPath, client, is_branch, is_hub, parse_hub
 from streamq.planning import make_plan
 
 #: Of the tests: so small that a checkpoint of some MB has many blocks and jobs.
@@ -426,7 +426,7 @@ def test_whatever_happens(hub, small, tmp_path, monkeypatch, pytestconfig):
         ([failing(status=429, Retry_After="1000", where="cdn.*")], "run again in 1000 s"),
         ([failing(status=400, where="hub.*resolve.*")], "the Hub answered 400"),
         ([cutting(after=10)], "the Hub cannot be reached: .*received 10 bytes"),
-        ([cutting(after=0, where="hub/api.*")], "the Hub cannot be reached"),
+        ([cutting(after=0, where="hub/api.*")], "the Hub cannot be reached.*HF_ENDPOINT"),
         ([stalling(0.8)], "did not answer in time.*HF_HUB_DOWNLOAD_TIMEOUT"),
     ],
 )
@@ -442,6 +442,79 @@ def test_what_does_not_pass_is_one_sentence(faults, message, hub, small, tmp_pat
     assert "\n" not in str(found.value)
     assert "org/model" in str(found.value)
     assert not (tmp_path / "out").exists()
+
+
+def bare(status: int) -> Callable[[Exchange], bool]:
+    """Storage fails and does not say why, so that a message has its address."""
+
+    def fault(x: Exchange) -> bool:
+        if x.where == "cdn":
+            x.start(status, 0)
+        return x.where == "cdn"
+
+    return fault
+
+
+def test_signed_addresses_are_not_told(hub, small, tmp_path, monkeypatch):
+    """Whoever has one may read what it leads to."""
+    monkeypatch.setattr(client, "TRIES", 2)
+    hub.commit_folder("org/model", big(tmp_path / "in", layers=1))
+    hub.faults = [bare(500)]
+    with pytest.raises(StreamqError, match=r"the Hub answered 500.*run again later") as found:
+        convert(REPO, tmp_path / "out", "nvfp4")
+    assert hub.cdn in str(found.value)
+    assert "Signature" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("url 'https://cdn/a?X-Sig=12&x=3' at all", "url 'https://cdn/a' at all"),
+        ("no way to http://me:pass@proxy:80/", "no way to http://proxy:80/"),
+        ("Is it there? a=b", "Is it there? a=b"),
+    ],
+)  # fmt: skip
+def test_secrets_of_addresses_are_not_told(said, told):
+    assert str(client.translated(ValueError(said), "x")) == f"x: ValueError: {told}."
+
+
+def test_an_endpoint_that_is_no_address_is_told_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "localhost:1")
+    monkeypatch.setattr(client, "FIRST", 1000.0)
+    with pytest.raises(StreamqError, match="protocol; check the network, the proxy and HF_ENDPO"):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_interrupted_while_others_wait(reads, hub, small, tmp_path):
+    """The Hub asks for a pause of a minute; Ctrl-C does not wait for its end."""
+    src = big(tmp_path / "in", layers=1)
+    hub.commit_folder("org/model", src)
+    waiting = failing(status=429, Retry_After="60", where="cdn.*", times=1)
+    hub.faults = [] if reads else [waiting]
+    code = (
+        "import sys, hub_stand_in; from streamq.checkpoint import open_checkpoint\n"
+        "with open_checkpoint(sys.argv[1]) as source:\n"
+        "    print('open', flush=True); sys.stdin.read(1)\n"
+        "    for t in source.tensors.values():\n"
+        "        source.pread(t.file, t.start, memoryview(bytearray(t.nbytes)))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, REPO], cwd=Path(__file__).parent, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    if reads:
+        assert child.stdout.readline() == "open\n"
+        hub.faults = [waiting]
+        child.stdin.write("x")
+        child.stdin.flush()
+    while not any(r.status == 429 for r in hub.log):
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in child.communicate(timeout=30)[1]
 
 
 def altered(**headers: str) -> Callable[[Exchange], bool]:
@@ -654,6 +727,37 @@ def test_addresses(text, path):
     assert is_hub(text)
     assert parse_hub(text) == path
     assert parse_hub(str(path)) == path
+
+
+@pytest.mark.parametrize(
+    ("src", "hint"),
+    [
+        ("org/model", "; a repository on the Hub is hf://org/model."),
+        ("https://huggingface.co/org/model", "; a repository on the Hub is hf://org/model."),
+        ("out/model.safetensors", "directory."),
+        ("/a/b", "directory."),
+    ],
+)
+def test_who_forgot_the_scheme_is_told(src, hint):
+    with pytest.raises(StreamqError) as found:
+        open_checkpoint(src)
+    assert str(found.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    "name", ["main", "feature/x", "v1.0", "refs/pr/3", "ä", "a@b", "a-b_c", "b/-a"]
+)  # fmt: skip
+def test_names_of_branches(name):
+    assert is_branch(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a b", "/a", "a/", "a//b", "a..b", "a.lock", "a.", ".a", "a/.b", "-a", "@", "a@{1}", "a~1",
+     "a^", "a:b", "a?", "a*", "a[", "a\\b", "a\n"],
+)  # fmt: skip
+def test_what_is_no_name_of_a_branch(name):
+    assert not is_branch(name)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 
 from streamq.errors import CheckpointError, HubError
-from streamq.hub import HubPath, Repository, parse_hub
+from streamq.hub import HubPath, Repository, Stop, parse_hub
 from streamq.tensors import size_text
 
 from .header import Header, header_length, parse_header, read_header
@@ -90,12 +90,12 @@ def _open(
     names = [n for n in repository.files if "/" not in n and n.endswith(".safetensors")]
     shards = sorted(names) if only is None else [only]
     oddities: list[str] = []
-    pool = ThreadPoolExecutor(CONNECTIONS, "open")
+    pool, stop = ThreadPoolExecutor(CONNECTIONS, "open"), threading.Event()
     try:
         small = list(_small(repository, oddities))
         if only is not None:
             small = [name for name in small if name in (CONFIG, DESCRIPTION)]
-        list(pool.map(lambda name: _download(repository, name, root), small))
+        list(pool.map(lambda name: _download(repository, name, root, stop), small))
         if (root / COMPRESSION).is_file():
             raise CheckpointError(f"{place}: is compressed; download and decompress it first.")
         config = read_config(root)
@@ -104,15 +104,16 @@ def _open(
         if only is None:
             shards, index = by_index(root, shards, use_index, oddities)
         if not shards:
-            raise CheckpointError(f"{place}: no *.safetensors file here.")
+            raise CheckpointError(f"{place}: no *.safetensors file here; check the folder.")
         refuse_missing(shards, names, place)
         cached = {name: path for name in shards if (path := repository.cached(name)) is not None}
 
         def header(name: str) -> tuple[str, Header]:
-            return name, _header(repository, name, cached.get(name))
+            return name, _header(repository, name, cached.get(name), stop)
 
         headers = counted(pool.map(header, shards), place)
     finally:
+        stop.set()  # after an error or Ctrl-C nobody waits for the others, which may take minutes
         pool.shutdown(cancel_futures=True)
     oddities += look_at(headers)
     store = HubFiles(repository, headers, cached, spool, folder)
@@ -153,7 +154,7 @@ def _small(repository: Repository, oddities: list[str]) -> Iterator[str]:
             oddities.append(f"{name}: {size_text(size)} that are not weights, not copied")
 
 
-def _download(repository: Repository, name: str, root: Path) -> None:
+def _download(repository: Repository, name: str, root: Path, stop: Stop) -> None:
     """Bring a small file here, from the cache of the Hub if it is there."""
     target, cached = root / name, repository.cached(name)
     try:
@@ -163,12 +164,12 @@ def _download(repository: Repository, name: str, root: Path) -> None:
             return
         with target.open("wb") as file:
             size = repository.files[name].size
-            repository.read(name, 0, size, lambda at, piece: file.write(piece))
+            repository.read(name, 0, size, lambda at, piece: file.write(piece), stop)
     except OSError as e:
         raise CheckpointError(f"{target}: cannot be written: {e.strerror}.") from e
 
 
-def _header(repository: Repository, name: str, cached: Path | None) -> Header:
+def _header(repository: Repository, name: str, cached: Path | None, stop: Stop) -> Header:
     """The header of a shard, as ``read_header`` checks it."""
     if cached is not None:
         found = read_header(str(cached), name)
@@ -176,17 +177,17 @@ def _header(repository: Repository, name: str, cached: Path | None) -> Header:
             raw = file.read(repository.files[name].size - found.nbytes)
     else:
         size = repository.files[name].size
-        raw = _bytes(repository, name, 0, min(size, FIRST))
+        raw = _bytes(repository, name, 0, min(size, FIRST), stop)
         length = header_length(raw[:8], name, size)
         with _TURN if length > LARGE else nullcontext():
-            rest = _bytes(repository, name, len(raw), max(len(raw), 8 + length))
+            rest = _bytes(repository, name, len(raw), max(len(raw), 8 + length), stop)
             raw = (raw + rest)[: 8 + length]
             found = parse_header(raw[8:], name, size)
     found.sha256 = hashlib.sha256(raw).hexdigest()
     return found
 
 
-def _bytes(repository: Repository, name: str, start: int, end: int) -> bytes:
+def _bytes(repository: Repository, name: str, start: int, end: int, stop: Stop) -> bytes:
     found = bytearray()
-    repository.read(name, start, end, lambda at, piece: found.extend(piece))
+    repository.read(name, start, end, lambda at, piece: found.extend(piece), stop)
     return bytes(found)

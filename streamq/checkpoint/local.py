@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def open_checkpoint(
         others = [name for name in (CONFIG, DESCRIPTION) if (path.parent / name).is_file()]
         return _open(path.parent, [path.name], None, config, others, [])
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory.")
+        raise CheckpointError(f"{src}: no such file or directory{_on_the_hub(str(src))}.")
     config = read_config(path)
     others, elsewhere = other_files(path)
     oddities = []
@@ -67,6 +68,12 @@ def open_checkpoint(
     if not shards:
         raise CheckpointError(f"{path}: no *.safetensors file here.")
     return _open(path, shards, index, config, others, oddities)
+
+
+def _on_the_hub(src: str) -> str:
+    """What to say to somebody who gave the name of a model, or the address of its page."""
+    found = re.fullmatch(r"(?:https?://[\w.]+/)?([\w\-]+/[\w\-.]+)(?<!\.safetensors)", src)
+    return f"; a repository on the Hub is hf://{found.group(1)}" if found else ""
 
 
 def is_weights(name: str) -> bool:

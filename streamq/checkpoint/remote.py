@@ -55,6 +55,7 @@ class HubFiles:
         self._book = Book(extents, spool.slots)
         self._pool = ThreadPoolExecutor(CONNECTIONS, "hub")
         self._lock = threading.Lock()
+        self._closing = threading.Event()  # for requests that nothing else stops
         self._mine = threading.local()  # ``held`` of the job of each thread
         self._around: OrderedDict[Span, Future[Array]] = OrderedDict()
 
@@ -229,7 +230,7 @@ class HubFiles:
             for part in keep.values():
                 self._to_spool(part, at, view)
 
-        self.repository.read(request.file, request.start, request.end, take, stop)
+        self.repository.read(request.file, request.start, request.end, take, stop or self._closing)
         for part in keep.values():
             assert part.kept is not None
             part.kept.ready.set()
@@ -290,6 +291,7 @@ class HubFiles:
 
     def close(self) -> None:
         """See ``Store``."""
+        self._closing.set()
         self._pool.shutdown(cancel_futures=True)
         self._local.close()
         self._spool.close()

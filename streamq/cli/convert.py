@@ -158,6 +158,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     from streamq.engines import opened
     from streamq.planning import refuse_overlap
     from streamq.progress import progress
+    from streamq.writer import folder_of
 
     wanted = _wanted(dst, o)
     if dst is None and not o["to"] and not o["dry_run"]:
@@ -175,8 +176,8 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
 
         check_target(Path(o["page"]))
     places = places_of(src, wanted, o)
-    for w in wanted:
-        refuse_overlap(src, w.dst or "")
+    for place in places:
+        refuse_overlap(src, folder_of(place))
     with opened(o["engine"], src) as engine, open_source(src) as source:
         outputs = _outputs(source, wanted, places, o)
         means = (engine.means if engine else means_of)(outputs, settings_of(o))

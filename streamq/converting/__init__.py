@@ -144,7 +144,8 @@ def convert_all(
         for output, target in pairs:
             if isinstance(target, HubDestination):
                 if count := target.outlet.left:
-                    _say(s, f"{target.name}: {count} converted shards are on their way there")
+                    shards = "shard is on its" if count == 1 else "shards are on their"
+                    _say(s, f"{target.name}: {count} converted {shards} way there")
                 quality, _ = losses.get(id(target), (None, 0))
                 # Figures of some of the weights are none of the model.
                 target.write_card(card_of(source, output, None if run.unmeasured else quality))

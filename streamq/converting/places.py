@@ -9,6 +9,7 @@ from streamq.checkpoint import CONFIG, is_weights
 from streamq.errors import PlanError
 from streamq.pace import Pace
 from streamq.planning import QUANTIZATION_FILES, Plan
+from streamq.tensors import size_text
 from streamq.trust import RECORD, VERSION
 from streamq.writer import (
     CARD,
@@ -19,6 +20,7 @@ from streamq.writer import (
     Place,
     check_branch,
     check_destination,
+    folder_of,
     same_disk,
 )
 
@@ -33,7 +35,7 @@ class Output:
     @property
     def folder(self) -> Path:
         """The directory; of an output on the Hub, that of its work folder."""
-        return self.dst.folder if isinstance(self.dst, HubPlace) else self.dst
+        return folder_of(self.dst)
 
     @property
     def disk_needed(self) -> int:
@@ -50,8 +52,8 @@ class Output:
         asked = self.dst.upload.max_disk
         if asked is not None and asked < largest:
             raise PlanError(
-                f"--max-disk {asked >> 20}MiB is too little: the largest shard has "
-                f"{-(-largest >> 20)}MiB; give more, or a smaller --shard-size."
+                f"--max-disk of {size_text(asked)} is too little: the largest shard has "
+                f"{size_text(largest)}; give more, or a smaller --shard-size."
             )
         return min(self.plan.bytes_out, asked or SHARDS * largest)
 

@@ -4,7 +4,7 @@ huggingface_hub is imported by the functions that talk to the Hub and not before
 only they need: runs on local files do not pay for it.
 """
 
-from .address import HubPath, is_hub, parse_hub
+from .address import HubPath, is_branch, is_hub, parse_hub
 from .branch import MAIN, Branch, Committed
 from .client import Again, Stop, api, endpoint, patiently, pause_before, translated
 from .files import Sum, upload_memory
@@ -12,5 +12,6 @@ from .repository import Repository
 
 __all__ = [
     "MAIN", "Again", "Branch", "Committed", "HubPath", "Repository", "Stop", "Sum", "api",
-    "endpoint", "is_hub", "parse_hub", "patiently", "pause_before", "translated", "upload_memory",
+    "endpoint", "is_branch", "is_hub", "parse_hub", "patiently", "pause_before", "translated",
+    "upload_memory",
 ]  # fmt: skip

@@ -14,6 +14,8 @@ _SCHEME = "hf://"
 _KINDS = {"datasets", "spaces", "kernels", "buckets"}
 #: A name of an organization or of a repository: what the Hub lets people choose.
 _NAME = re.compile(r"(?!-|\.)(?!.*(--|\.\.))[\w\-.]{1,96}(?<!-|\.)(?<!\.git)", re.ASCII)
+#: What is in no name of a branch.
+_NO_BRANCH = re.compile(r"^-|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|^@$")
 #: Revisions with a slash that is not written %2F.
 _REFS = re.compile(r"refs/(pr/\d+|convert/[\w\-]+)(?=/|$)")
 
@@ -41,6 +43,14 @@ class HubPath(NamedTuple):
 def is_hub(place: str | os.PathLike[str]) -> bool:
     """Whether a source or destination is said to be on the Hub."""
     return isinstance(place, str) and place.startswith(_SCHEME)
+
+
+def is_branch(name: str) -> bool:
+    """Whether git takes a name for a branch (git-check-ref-format(1))."""
+    parts = name.split("/")
+    return not _NO_BRANCH.search(name) and not any(
+        part.startswith(".") or part.endswith((".", ".lock")) or not part for part in parts
+    )
 
 
 def parse_hub(text: str) -> HubPath:

@@ -11,10 +11,10 @@ from streamq.errors import HubError
 
 from .address import HubPath
 from .client import Stop, api, endpoint, patiently, pause_before
-from .files import TIMEOUT, Sum, ids_of, sending, uploaded
+from .files import TIMEOUT, Sum, ids_of, refuse_ignored, sending, uploaded
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub import CommitOperationAdd, ModelInfo
 
 MAIN = "main"
 #: Tries of an upload that storage refused, as it does signed addresses that have expired; each
@@ -136,6 +136,8 @@ class Branch:
             main = self.look(MAIN)
             # One that is no more than main has nothing of its own to lose.
             self._fresh = main is not None and (found is None or found.head == main.head)
+        if found is None and self.branch.startswith("refs/"):
+            raise HubError(f"{self}: is not there, and such a one cannot be made; check --branch.")
         self._found = found or main
         if self.create_pr and found is None:
             raise HubError(
@@ -191,23 +193,26 @@ class Branch:
         """Store a file, not yet committed; False for one that goes into the commit itself."""
         from huggingface_hub import CommitOperationAdd
 
-        def send() -> bool:
+        def send() -> CommitOperationAdd:
             op = CommitOperationAdd(name, str(path))
             op.upload_info.sha256 = bytes.fromhex(known.sha256)
             self._api.preupload_lfs_files(
                 self.path.repo, [op], revision=MAIN if self._fresh else self.branch,
                 create_pr=self.create_pr, free_memory=False,
             )  # fmt: skip
-            return op._is_uploaded
+            return op
 
         tries = 0
         while True:
             try:
-                return patiently(lambda: sending(send), f"{self}: {name}", stop)
+                op = patiently(lambda: sending(send), f"{self}: {name}", stop)
+                refuse_ignored([op], self)
+                return op._is_uploaded
             except HubError as e:
                 tries += 1
                 response = getattr(e.__cause__, "response", None)
-                if response is None or response.request.method != "PUT" or tries == TRIES:
+                refused = response is not None and response.request.method == "PUT"
+                if not refused or e.transient or tries == TRIES:
                     raise
 
     def commit(
@@ -279,11 +284,16 @@ class Branch:
     ) -> Committed:  # fmt: skip
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        self._api.preupload_lfs_files(  # the commit would do it; it tells what is left out
+            self.path.repo, adds, revision=self.branch, create_pr=self.create_pr, free_memory=False
+        )
+        refuse_ignored(adds, self)
         info = self._api.create_commit(
             self.path.repo,
             [
                 *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
+                *adds,
                 *(uploaded(name, s) for name, s in stored.items()),
             ],
             commit_message=message, revision=self.branch, create_pr=self.create_pr,

@@ -22,7 +22,18 @@ def metadata_of(card: str | None) -> dict[str, Any]:
         data = found.to_dict()
     except (ValueError, TypeError, AttributeError, YAMLError):
         return {}
-    return {key: data[key] for key in _KEPT if data.get(key)}
+    return {key: text for key in _KEPT if (text := _texts(data.get(key)))}
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """A string, or several; None for anything else, as the Hub refuses cards with it.
+
+    The code of Norwegian, no, is false to those who read YAML 1.1; the Hub reads 1.2.
+    """
+    found = ["no" if one is False else one for one in (value if type(value) is list else [value])]
+    if not all(isinstance(one, str) and one for one in found):
+        return None
+    return found if isinstance(value, list) else found[0]
 
 
 def card_text(

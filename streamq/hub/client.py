@@ -27,6 +27,8 @@ TRIES = 6
 FIRST, LONGEST = 0.5, 16.0
 #: Most seconds that a Retry-After is waited for; the windows of the Hub's limits are 300.
 PATIENCE = 330.0
+#: Of an address what lets others in: a login in front of the host, the signature behind the path.
+_SECRET = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=[\w/])\?[^\s'\"]*=[^\s'\"]*")
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -153,7 +155,8 @@ def translated(error: Exception, what: str) -> StreamqError:
         when = f"in {asked:.0f} s" if asked else "later"
         say = f"too many requests for the Hub; run again {when}, with a login it allows more."
     elif status is not None:
-        say = f"the Hub answered {status}: {_reason(error)}."
+        later = "; run again later" if status in _TRANSIENT else ""
+        say = f"the Hub answered {status}: {_reason(error)}{later}."
     elif isinstance(error, errors.LocalTokenNotFoundError):
         say = "this needs a login; `hf auth login`, or set HF_TOKEN."
     elif "Timeout" in type(error).__name__:
@@ -161,7 +164,10 @@ def translated(error: Exception, what: str) -> StreamqError:
             "the Hub did not answer in time; run again, or raise HF_HUB_DOWNLOAD_TIMEOUT (seconds)."
         )
     elif isinstance(error, errors.HfHubHTTPError.__bases__[0]):
-        say = f"the Hub cannot be reached: {_reason(error)}."
+        say = (
+            f"the Hub cannot be reached: {_reason(error)}; check the network, the proxy and "
+            "HF_ENDPOINT, then run again."
+        )
     else:
         say = f"{type(error).__name__}: {_reason(error)}."
     found = HubError(f"{what}: {say}")
@@ -188,13 +194,15 @@ def _is_transient(error: Exception, status: int | None) -> bool:
         return True
     if status is not None:
         return status in _TRANSIENT
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "UnsupportedProtocol":
         return False
     closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
     return closed or isinstance(error, HfHubHTTPError.__bases__[0])
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says, and the points of a list behind it."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    return str(text).strip().splitlines()[0].removesuffix(".")
+    first, *more = str(text).strip().splitlines()
+    said = " ".join([first, *(line for line in more if line.startswith("- "))])
+    return _SECRET.sub("", said).removesuffix(".")

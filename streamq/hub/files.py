@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from streamq.errors import HubError, StreamqError
+
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
@@ -40,6 +42,19 @@ def uploaded(name: str, known: Sum) -> CommitOperationAdd:
     op.upload_info = UploadInfo(size=known.size, sample=b"", sha256=bytes.fromhex(known.sha256))
     op._upload_mode, op._is_uploaded, op._should_ignore = "lfs", True, False
     return op
+
+
+def refuse_ignored(ops: list[CommitOperationAdd], to: object) -> None:
+    """Raise HubError for what huggingface_hub would leave out of a commit without a word.
+
+    ``ops``: those that ``preupload_lfs_files`` has seen; ``to``: what people call the branch.
+    """
+    for op in ops:
+        if op._should_ignore:
+            raise HubError(
+                f"{to}: its .gitignore leaves out {op.path_in_repo}; change it there, or choose "
+                "another repository, and run again."
+            )
 
 
 def ids_of(path: Path) -> set[str]:
@@ -81,7 +96,7 @@ def sending(call: Callable[[], T]) -> T:
     except Exception as e:
         if isinstance(e, RuntimeError) and isinstance(e.__cause__, Exception):
             raise e.__cause__ from None  # what went wrong with the bytes over LFS
-        if isinstance(e, HfHubHTTPError.__bases__[0]) or not over_xet:
+        if isinstance(e, StreamqError | HfHubHTTPError.__bases__[0]) or not over_xet:
             raise
         constants.HF_HUB_DISABLE_XET = True  # a Hub, or a way there, without it
         return sending(call)

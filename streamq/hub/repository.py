@@ -77,7 +77,10 @@ class Repository:
             if found.rfilename.startswith(prefix) and _is_path(found.rfilename)
         }
         if not self.files:
-            raise HubError(f"{say}: the repository has no file there at commit {self.commit}.")
+            raise HubError(
+                f"{say}: the repository has no file there at commit {self.commit}; check the "
+                "folder."
+            )
         self.received = 0
         self._signed: dict[str, tuple[str, str | None]] = {}  # by path: address and ETag there
         self._lock = threading.Lock()

@@ -12,6 +12,7 @@ from streamq.families import Family
 from streamq.formats import Ascend
 from streamq.formats.ascend import description_of
 from streamq.formats.ascend_readers import findings
+from streamq.hub import is_hub
 from streamq.planning import cuts_of
 from streamq.recipe import Recipe
 from streamq.stored import Stored, look
@@ -51,6 +52,8 @@ def verify(
     Raises StreamqError only where ``dst`` or the source cannot be looked at; findings are in
     the report.
     """
+    if is_hub(dst):
+        raise CheckpointError(f"{dst}: only directories are verified; `hf download` it first.")
     report = Report()
     folder = Path(dst)
     if not folder.is_dir():

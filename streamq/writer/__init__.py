@@ -17,13 +17,13 @@ from .destination import (
 from .disk import SyncPool
 from .growing import GrowingShard
 from .header import build_header, quoted
-from .places import HubPlace, Place, Upload, place_of, refuse_unused
+from .places import HubPlace, Place, Upload, folder_of, place_of, refuse_unused
 from .shard import ShardWriter, Unit, joined
 from .uploading import CARD, SHARDS, HubDestination, check_branch
 
 __all__ = [
     "CARD", "SHARDS", "Destination", "GrowingShard", "HubDestination", "HubPlace", "Place",
     "ShardWriter", "SyncPool", "Unit", "Upload", "build_header", "check_branch",
-    "check_destination", "existing_parent", "free_bytes", "joined", "partial_bytes", "place_of",
-    "quoted", "refuse_unused", "same_disk",
+    "check_destination", "existing_parent", "folder_of", "free_bytes", "joined", "partial_bytes",
+    "place_of", "quoted", "refuse_unused", "same_disk",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from streamq.errors import AddressError
-from streamq.hub import MAIN, Branch, is_hub, parse_hub
+from streamq.hub import MAIN, Branch, is_branch, is_hub, parse_hub
+from streamq.hub.card import is_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,21 @@ def place_of(dst: str | os.PathLike[str], upload: Upload = Upload()) -> Place:
     if path.revision is not None:
         raise AddressError(f"{dst}: give the branch with --branch {path.revision}.")
     branch = upload.branch or MAIN
+    if not is_branch(branch):
+        raise AddressError(f"--branch {branch!r}: git knows no branch of such a name.")
+    if upload.base_model is not None and not is_model(upload.base_model):
+        raise AddressError(f"--base-model {upload.base_model!r}: is not org/repo.")
     name = f"{path.repo}/{branch}".replace("/", "--")
     return HubPlace(
         Branch(path, branch, upload.private, upload.create_pr),
         (upload.work_dir or default_work_dir()) / quote(name, safe=""),
         upload,
     )
+
+
+def folder_of(place: Place) -> Path:
+    """Where an output is on the disk: the directory, or beside which the work folder is."""
+    return place.folder if isinstance(place, HubPlace) else place
 
 
 def refuse_unused(upload: Upload, places: list[Place]) -> None:
