@@ -27,6 +27,8 @@ def main() -> NoReturn:
     as the rest. At the end nothing is torn down, as all files are closed by then.
     """
     gc.disable()
+    # huggingface_hub warns of requests that it makes again, whose addresses are secret.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     code: object = 0
     try:
         cli(prog_name="streamq")
