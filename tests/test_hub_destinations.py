@@ -698,8 +698,10 @@ def test_the_hub_says_why_it_refuses_a_card(hub, source, work, tmp_path):
     src = tmp_path / "in"
     shutil.copytree(source, src)
     (src / "README.md").write_text("---\nlicense: none\n---\n")
-    with pytest.raises(StreamqError, match=r'Invalid metadata in README.md. - "license" must be'):
+    with pytest.raises(HubError, match=r'refuses the model card: "license" must be one of\. Lic'):
         convert(src, work)
+    assert not hub.repos
+    assert not [*work.glob("*")]
 
 
 def test_cards_are_reproducible(hub, source, work):

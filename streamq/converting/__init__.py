@@ -16,7 +16,7 @@ from streamq.quality import Quality
 from streamq.writer import Destination, HubDestination, Upload, place_of
 
 from .boxes import Tally
-from .card import card_of
+from .card import card_of, check_card
 from .devices import Means
 from .engine import Engine, Started
 from .finish import finish
@@ -120,6 +120,8 @@ def convert_all(
     engine = engine or Here()
     means = engine.means(outputs, settings)
     check_outputs(outputs, settings.overwrite)
+    for output in outputs:
+        check_card(source, output)
     s = settings
     source.pace = Pace(s.limit_rate)
     targets = [destination_of(o, s.overwrite, s.sync, s.sha256, source.pace) for o in outputs]

@@ -10,7 +10,7 @@ from math import isinf
 
 from streamq.checkpoint import Checkpoint
 from streamq.hub import is_hub, parse_hub
-from streamq.hub.card import card_text, is_model, metadata_of
+from streamq.hub.card import card_text, is_model, metadata_of, validate
 from streamq.planning import Plan, format_name, numbers_text
 from streamq.quality import Quality
 from streamq.schemes import Scheme
@@ -43,6 +43,12 @@ def card_of(source: Checkpoint, output: Output, quality: Quality | None) -> str:
     body = "\n".join(_body(output, output.dst, base, quality))
     library = "mlx" if fmt == "mlx" else "transformers"
     return card_text(base, dict.fromkeys(tags), library, kept, body)
+
+
+def check_card(source: Checkpoint, output: Output) -> None:
+    """Raise HubError for an output whose card the Hub would refuse, at the very end."""
+    if isinstance(output.dst, HubPlace):
+        validate(card_of(source, output, None), str(output.dst.branch))
 
 
 def _body(

@@ -6,6 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from streamq.errors import HubError
+from streamq.trust import VERSION
+
+from .client import api, patiently
+from .files import TIMEOUT
+
 #: What stays true of a quantized model, carried over from the card of the source.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -49,6 +55,32 @@ def card_text(
         kept = {**kept, "base_model_relation": "quantized"}
     data = ModelCardData(base_model=base_model, library_name=library, tags=list(tags), **kept)
     return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
+
+
+def validate(card: str, what: str) -> None:
+    """Ask the Hub whether it takes the metadata of a card: it refuses a commit with others.
+
+    ``what``: what the sentence of an error begins with. Raises HubError.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status, utils
+
+    untyped: Any = utils  # it does not export what it imports, mypy says
+    url = f"{api().endpoint}/api/validate-yaml"
+    body = {"content": card, "repoType": "model"}
+    headers = untyped.build_hf_headers(library_name="streamq", library_version=VERSION)
+
+    def ask() -> list[str]:
+        answer = get_session().post(url, json=body, headers=headers, timeout=TIMEOUT)
+        if answer.status_code == 400:
+            return [str(error.get("message")) for error in answer.json().get("errors", ())]
+        hf_raise_for_status(answer)
+        return []
+
+    if errors := patiently(ask, what):
+        raise HubError(
+            f"{what}: the Hub refuses the model card: {'; '.join(errors)}. License, language and "
+            "pipeline tag are those in README.md of the source; mend them there."
+        )
 
 
 def is_model(name: object) -> bool:
