@@ -85,6 +85,11 @@ class Checkpoint:
         """Bytes that came over the network until now; 0 for a source on this machine."""
         return self._store.received
 
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of ``others`` together. Raises OSError."""
+        return sum((self.root / name).stat().st_size for name in self.others)
+
     def size(self, file: str) -> int:
         """Bytes of a shard."""
         return self._store.size(file)

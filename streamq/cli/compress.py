@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .options import (
     open_source,
     output_options,
     quiet_option,
+    say_of,
     source_options,
     together,
 )
@@ -87,7 +88,7 @@ def compress(src: str, dst: str | None, **o: Any) -> None:
 
     if dst is None and not o["dry_run"]:
         raise click.UsageError("Missing argument 'DST'.")
-    say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    say = say_of(o)
     keep = sparsity(o["sparsity"]) if o["sparsity"] else None
     options = Options(o["codec"], o["dictionary"], o["disable_layers"], o["transpose"], keep,
                       o["tp"])  # fmt: skip

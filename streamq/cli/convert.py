@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from .options import (
     options_of,
     quiet_option,
     resumed_options,
+    say_of,
     scheme_options,
     settings_of,
     source_options,
@@ -170,7 +170,7 @@ def convert(src: str, dst: str | None, **o: Any) -> None:
     if o["dry_run"]:
         _plan(src, wanted, o)
         return
-    say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    say = say_of(o)
     if o["page"]:
         from streamq.report import check_target
 

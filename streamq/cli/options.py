@@ -247,6 +247,11 @@ def settings_of(o: dict[str, Any], progress: Any = None, notify: Any = None) -> 
     )  # fmt: skip
 
 
+def say_of(o: dict[str, Any]) -> Callable[[str], None]:
+    """What takes sentences for people: nobody where only errors, or JSON, were asked for."""
+    return (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+
+
 def open_source(src: str | Path, **how: Any) -> Checkpoint:
     """Open a source, which may be on the Hub, as the options of the command say."""
     from streamq.checkpoint import open_checkpoint

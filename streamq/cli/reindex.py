@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .options import (
     open_source,
     quiet_option,
     resumed_options,
+    say_of,
     size,
     source_options,
 )
@@ -82,7 +83,7 @@ def reindex(src: str, dst: str | None, **o: Any) -> None:
 
     if dst is None and not o["dry_run"]:
         raise click.UsageError("Missing argument 'DST'.")
-    say: Callable[[str], None] = (lambda line: None) if o["quiet"] or o["as_json"] else click.echo
+    say = say_of(o)
     if dst is not None:
         refuse_overlap(src, dst)
     with open_source(src) as source:

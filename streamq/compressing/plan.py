@@ -56,7 +56,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         texts=texts,
         restore=restore,
         others=source.others,
-        other_bytes=sum((source.root / name).stat().st_size for name in source.others),
+        other_bytes=source.other_bytes,
         kind=kind,
         bytes_in=sum(item.nbytes for shard in shards for item in shard.items),
         warnings=warnings,

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -73,12 +73,18 @@ def disk_needed(plan: Plan) -> int:
 
 def workers_within(plan: Plan, wanted: int, max_memory: int) -> int:
     """As many workers as memory has room for. Raises PlanError where it has for none."""
-    tilings = [item.tiling for shard in plan.shards for item in shard.items]
-    least = HELD * max((row_of_tiles(t) for t in tilings if t is not None), default=1 << 16)
+    items = (item for shard in plan.shards for item in shard.items)
+    return workers_for(items, wanted, max_memory, "what is made of them")
+
+
+def workers_for(items: Iterable[Item], wanted: int, max_memory: int, beside: str) -> int:
+    """The same for some tensors; ``beside``: what is in memory beside rows of them, for people."""
+    rows = [row_of_tiles(item.tiling) for item in items if item.tiling is not None]
+    least = HELD * max(rows, default=1 << 16)
     if max_memory < least:
         raise PlanError(
             f"--max-memory {size_text(max_memory)} is too little: 128 rows of the largest matrix "
-            f"and what is made of them need {size_text(least)}."
+            f"and {beside} need {size_text(least)}."
         )
     return max(1, min(wanted, max_memory // least))
 

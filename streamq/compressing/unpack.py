@@ -15,17 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamq.errors import CheckpointError, PlanError
+from streamq.errors import CheckpointError
 from streamq.nz.tiles import HEIGHT
-from streamq.tensors import size_text
 from streamq.verifying import Report
 from streamq.writer import Destination, ShardWriter, check_destination
 
-from .blocks import Part, decode, parts_of, row_of_tiles, units_within
+from .blocks import Part, decode, parts_of, units_within
 from .crc import Sum, of_array
 from .opened import Opened, OpenFile
 from .ordered import in_order
-from .run import HELD
+from .run import HELD, workers_for
 from .types import Array, Progress
 
 #: Where a part goes once it is decoded.
@@ -177,14 +176,7 @@ def _walk(
 
 def _within(source: OpenFile, workers: int, max_memory: int) -> int:
     """As many workers as memory has room for. Raises PlanError where it has for none."""
-    rows = [row_of_tiles(item.tiling) for item in source.items if item.tiling is not None]
-    least = HELD * max(rows, default=1 << 16)
-    if max_memory < least:
-        raise PlanError(
-            f"--max-memory {size_text(max_memory)} is too little: 128 rows of the largest matrix "
-            f"and what they are made of need {size_text(least)}."
-        )
-    return max(1, min(workers, max_memory // least))
+    return workers_for(source.items, workers, max_memory, "what they are made of")
 
 
 def _tasks(

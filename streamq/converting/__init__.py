@@ -23,13 +23,13 @@ from .finish import finish
 from .origin import identity_of, origin_of
 from .places import Output, check_outputs, destination_of
 from .reads import spool_beside, traffic_of
-from .run import Shards, Target, units_of
+from .run import Fresh, Shards, Target, units_of
 from .threads import Here, default_workers, folders_of, means_of, shards_to
 from .worker import Progress
 
 __all__ = [
-    "Engine", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary", "Tally",
-    "Upload", "check_outputs", "convert", "convert_all", "default_workers", "identity_of",
+    "Engine", "Fresh", "Means", "Output", "Progress", "Settings", "Shards", "Started", "Summary",
+    "Tally", "Upload", "check_outputs", "convert", "convert_all", "default_workers", "identity_of",
     "means_of", "repeat", "shards_to", "traffic_of", "units_of",
 ]  # fmt: skip
 

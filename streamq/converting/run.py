@@ -68,6 +68,25 @@ class Shards(Protocol):
         """Close it."""
 
 
+class Fresh:
+    """What has nothing from an earlier run, and keeps all that it gets."""
+
+    goes_on = False
+    outlet = None
+
+    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
+        """Nothing is done before."""
+        return set()
+
+    def is_complete(self, name: str) -> bool:
+        """Nothing is done before."""
+        return False
+
+    def notes_of(self, name: str) -> list[dict[str, Any]]:
+        """Nothing is done before."""
+        return []
+
+
 class Target(Shards, Protocol):
     """Where an output goes: a Destination, or what compares it with one that is there."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq.checkpoint import Checkpoint, open_checkpoint
-from streamq.converting import Settings, identity_of, shards_to
+from streamq.converting import Fresh, Settings, identity_of, shards_to
 from streamq.errors import CheckpointError, StreamqError
 from streamq.pace import Pace
 from streamq.planning import Plan, make_plan, unspelled
@@ -126,15 +126,12 @@ def _make(source: Checkpoint, plan: Plan, name: str, folder: Path, settings: Set
     )
 
 
-class _Attempt:
+class _Attempt(Fresh):
     """Where the one shard of an attempt goes: a folder of its own.
 
     It is flushed whatever was asked for: that a shard is done is noted elsewhere, and this
     node may be lost before its kernel has written it.
     """
-
-    goes_on = False
-    outlet = None
 
     def __init__(self, folder: Path, sha256: bool, pace: Pace) -> None:
         self.sync = SyncPool(True)
@@ -143,18 +140,6 @@ class _Attempt:
         self._folder = folder
         self._sha256 = sha256
         self._pace = pace
-
-    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
-        """Nothing is there."""
-        return set()
-
-    def is_complete(self, name: str) -> bool:
-        """Nothing is there."""
-        return False
-
-    def notes_of(self, name: str) -> list[dict[str, Any]]:
-        """Nothing is there."""
-        return []
 
     def shard(self, name: str, header: bytes, size: int) -> ShardWriter:
         """The shard."""

@@ -115,7 +115,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         config=config,
         files=files,
         others=[name for name in source.others if not name.startswith(QUANTIZATION_FILES)],
-        other_bytes=sum((source.root / name).stat().st_size for name in source.others),
+        other_bytes=source.other_bytes,
         unquantized=unquantized,
         warnings=warnings,
         notes=[*source.oddities, *lifted, *choice.notes, *notes(family, options, choice)],

@@ -73,7 +73,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         shards=shards,
         files=files,
         others=source.others,
-        other_bytes=sum((source.root / name).stat().st_size for name in source.others),
+        other_bytes=source.other_bytes,
         input_files=len(source.files),
         tensors_in=len(source.tensors),
         bytes_in=source.nbytes,

@@ -222,7 +222,7 @@ def _plan(
         shards=[s for s in shards if s.names],
         files=files,
         others=source.others,
-        other_bytes=sum((source.root / name).stat().st_size for name in source.others),
+        other_bytes=source.other_bytes,
         input_files=len(source.files),
         tensors_in=len(source.tensors),
         bytes_in=source.nbytes,

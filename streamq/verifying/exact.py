@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamq.checkpoint import Checkpoint, Reader
-from streamq.converting import Settings, repeat
+from streamq.converting import Fresh, Settings, repeat
 from streamq.errors import StreamqError
 from streamq.planning import MAX_MEMORY, Plan, make_plan, unspelled
 from streamq.trust import VERSION, Record, contents, differences
@@ -63,29 +63,14 @@ def convert_again(
     return not target.moved
 
 
-class _Comparison:
+class _Comparison(Fresh):
     """In place of a Destination: compares what would be written with what is there."""
-
-    goes_on = False
-    outlet = None
 
     def __init__(self, out: Checkpoint) -> None:
         self._out = out
         self.failures: list[str] = []
         self.tensors: dict[str, str] = {}
         self.moved = False
-
-    def finished(self, name: str, size: int, units: set[str]) -> set[str]:
-        """Nothing is done before."""
-        return set()
-
-    def is_complete(self, name: str) -> bool:
-        """Nothing is done before."""
-        return False
-
-    def notes_of(self, name: str) -> list[dict[str, Any]]:
-        """Nothing is done before."""
-        return []
 
     def shard(self, name: str, header: bytes, size: int) -> _Shard:
         """Open a shard and compare its header."""

@@ -121,7 +121,7 @@ _BLOCKS = ("compressed-tensors", "fp8")
 
 RULES = (
     # transformers 4: modeling_utils.py, from_pretrained and load_state_dict raise for another
-    # format and, in older ones, for none; fastsafetensors issue 96 is about none.
+    # format and, in older ones, for none; fastsafetensors refuses none (its tracker, 96).
     Rule("no-format", "transformers 4 and fastsafetensors", "warning",
          'refuse files without "format": "pt" in __metadata__; streamq repair adds it',
          _without_format),
